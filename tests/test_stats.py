@@ -171,7 +171,6 @@ def test_routes_of_irwin_hall_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("n", [7, 300, 20_000])
 def test_equal_weights_are_the_binomial(n: int) -> None:
-    # [1, 1, 1] takes the binomial; [2, 1] at even weight-one counts does not, so compare sums.
     for k in (n, round(1.6 * n), 2 * n):
         expected = stats.log_sf_binomial(k, 3 * n, 0.5)
         assert stats.log_sf_weighted_bits(4 * k, n, [4, 4, 4]) == expected

@@ -157,21 +157,18 @@ class Evidence:
     @property
     def windows(self) -> npt.NDArray[np.uint32]:
         """The windows before them, (n_scored, width) uint32, oldest token first."""
-        return self.ids[self.positions[:, None] + np.arange(-self.width, 0)]
+        windows: npt.NDArray[np.uint32]
+        windows = self.ids[self.positions[:, None] + np.arange(-self.width, 0)]
+        return windows
 
 
-def collect(
-    text: npt.ArrayLike | Corpus, width: int, *, vocab_size: int | None = None
-) -> Evidence:
+def collect(text: npt.ArrayLike | Corpus, width: int, *, vocab_size: int | None = None) -> Evidence:
     """The scored positions of a text or corpus.
 
-    Raises TokenError and VocabularyMismatch as `as_token_ids` does, and TooShort if no text has more
-    than `width` tokens.
+    Raises TokenError and VocabularyMismatch as `as_token_ids` does, and TooShort if no text has
+    more than `width` tokens.
     """
-    if isinstance(text, Corpus):
-        texts = text.texts
-    else:
-        texts = (as_token_ids(text, vocab_size),)
+    texts = text.texts if isinstance(text, Corpus) else (as_token_ids(text, vocab_size),)
     starts = np.zeros(len(texts) + 1, dtype=np.int64)
     for number, ids in enumerate(texts):
         starts[number + 1] = starts[number] + ids.shape[0]

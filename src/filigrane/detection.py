@@ -1,8 +1,8 @@
 """Testing a text for one key's mark, with an exact p-value.
 
-This module knows nothing of models: it needs token ids, a key and a scheme. What the p-value claims:
-if text and key are independent, a value this small comes up with at most this probability over the
-choice of the key, whatever the text (SECURITY.md says what that does not prove).
+This module knows nothing of models: it needs token ids, a key and a scheme. What the p-value
+claims: if text and key are independent, a value this small comes up with at most this probability
+over the choice of the key, whatever the text (SECURITY.md says what that does not prove).
 """
 
 import math
@@ -52,7 +52,8 @@ class DetectionResult:
 
     def __bool__(self) -> NoReturn:
         raise TypeError(
-            "a DetectionResult is not true or false; compare result.log_pvalue with math.log(alpha)."
+            "a DetectionResult is not true or false; "
+            "compare result.log_pvalue with math.log(alpha)."
         )
 
 
@@ -87,9 +88,8 @@ def detect(
     """Was this text written under this key?
 
     tokens: (n,) ids of one text without its prompt, or a Corpus of texts to test as one claim;
-    vocab_size: refuse ids at or above it. Every slot of the key is tested and paid for (Sidak: slots
-    are independent keys).
-    Raises TooShort, TokenError or VocabularyMismatch.
+    vocab_size: refuse ids at or above it. Every slot of the key is tested and paid for (Sidak:
+    slots are independent keys). Raises TooShort, TokenError or VocabularyMismatch.
     """
     evidence = collect(tokens, scheme.context_width, vocab_size=vocab_size)
     sums = totals(evidence, key.prf_keys(scheme.label), scheme)

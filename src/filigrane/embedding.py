@@ -56,8 +56,8 @@ def refuse_unmarkable(scheme: Scheme, sampling: Sampling) -> None:
     """Raise UnsupportedDecoding if this decoding would leave text of this scheme unmarked."""
     if sampling.greedy and scheme.acts_on == "distribution":
         raise UnsupportedDecoding(
-            f"{scheme.name} cannot mark greedy decoding: with one certain token there is nothing to "
-            "choose. Sample (temperature > 0, top_k != 1), or use greenlist, which can."
+            f"{scheme.name} cannot mark greedy decoding: with one certain token there is nothing "
+            "to choose. Sample (temperature > 0, top_k != 1), or use greenlist, which can."
         )
 
 
@@ -147,9 +147,9 @@ class MarkedSampler:
     def sample(self, logits: npt.ArrayLike) -> TokenIds:
         """Draw one token per row and remember it.
 
-        logits: (batch, V), raw (before temperature and truncation), any float dtype. Returns (batch,)
-        int64. Raises LogitsError for NaN, +inf or a row of -inf, and for a wrong shape; nothing is
-        remembered then.
+        logits: (batch, V), raw (before temperature and truncation), any float dtype. Returns
+        (batch,) int64. Raises LogitsError for NaN, +inf or a row of -inf, and for a wrong shape;
+        nothing is remembered then.
         """
         from filigrane.kernels.draw import Workspace
 
@@ -342,9 +342,9 @@ def embed(
     """Write one marked text.
 
     prompt: (n,) token ids; key: whose mark, or None for none; rng: all private randomness (which
-    slot, unmarked positions, draws inside a marked law); sampling: temperature and truncation; stop:
-    ids that end the text; earlier: previous texts whose windows count as used.
-    Raises UnsupportedDecoding if this scheme cannot mark this decoding.
+    slot, unmarked positions, draws inside a marked law); sampling: temperature and truncation;
+    stop: ids that end the text; earlier: previous texts whose windows count as used. Raises
+    UnsupportedDecoding if this scheme cannot mark this decoding.
     """
     return embed_batch(
         lm,

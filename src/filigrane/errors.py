@@ -12,6 +12,8 @@
     ├── RecordError            a file or a record of a batch cannot be read
     ├── ModelError             a model or tokenizer cannot be loaded
     └── MissingDependency      an optional package is needed for this call
+
+Catch FiligraneError for all of them; each also derives from the built-in error it refines.
 """
 
 

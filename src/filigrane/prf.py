@@ -3,7 +3,7 @@
 This module knows nothing of schemes, texts or where keys come from. It holds two functions:
 
     block(key, context) -> 8 words      a cryptographic PRF (ChaCha8) of the preceding tokens
-    field(block, token) -> 1 word       a cheap expansion: one number for every token of the vocabulary
+    field(block, token) -> 1 word       a cheap expansion: one number per token
 
 `filigrane.kernels.prf` computes the same bits many lanes at a time and `filigrane.adapters.torch`
 computes them on any device; the golden vectors in `vectors/v1/prf.json` bind the three together.
@@ -91,11 +91,11 @@ def block(key: npt.ArrayLike, context: npt.ArrayLike) -> Words:
 def field(seed: npt.ArrayLike, token: npt.ArrayLike) -> Words:
     """The keyed number of each token: a seeded, bijective 32-bit mixer (SPEC.md section 2.3).
 
-    seed: (..., 4) uint32, words FIELD of a block; token: (...) ids, broadcast against seed's leading
-    axes. Returns uint32. For one seed it is a bijection: no two tokens of a context share a number,
-    so orders are strict and races have no ties. Every step exists for 32-bit lanes of CPUs and GPUs.
-    The round structure and constants are those of the mixer `triple32` (C. Wellons, hash-prospector),
-    with 32 bits of seed entering before each round.
+    seed: (..., 4) uint32, words FIELD of a block; token: (...) ids, broadcast against seed's
+    leading axes. Returns uint32. For one seed it is a bijection: no two tokens of a context share a
+    number, so orders are strict and races have no ties. Every step exists for 32-bit lanes of CPUs
+    and GPUs. The round structure and constants are those of the mixer `triple32` (C. Wellons,
+    hash-prospector), with 32 bits of seed entering before each round.
     """
     seed = np.asarray(seed, dtype=np.uint32)
     h: Words = np.asarray(token).astype(np.uint32) + seed[..., 0]
@@ -111,7 +111,7 @@ def open_uniform(words: Words) -> npt.NDArray[np.float64]:
 
 
 def upper_uniform(words: Words) -> npt.NDArray[np.float64]:
-    """(r + 1) / 2**32 in (0, 1]: never below a true uniform (in law), so small values prove no less.
+    """(r + 1) / 2**32 in (0, 1], for scoring.
 
     P(upper_uniform <= x) <= x for every x, with equality on the lattice: a p-value computed from it
     by a continuous law is exact up to the lattice and never too small.

@@ -25,7 +25,7 @@ _CHUNK = 1 << 14
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One key and its evidence; log_pvalue is family-wise: it includes the price of all candidates."""
+    """One key and its evidence; log_pvalue includes the price of all candidates (family-wise)."""
 
     name: str
     index: int
@@ -38,8 +38,8 @@ class TraceResult:
     """The most likely keys, best first. It has no truth value: ask `named(alpha)`.
 
     candidates: the best few, with Holm-Sidak adjusted log p; n_candidates: keys tested; n_tests:
-    keys times slots, the number that was corrected for; n_scored, n_tokens, n_repeated and scheme as
-    in DetectionResult.
+    keys times slots, the number that was corrected for; n_scored, n_tokens, n_repeated and scheme
+    as in DetectionResult.
     """
 
     candidates: tuple[Candidate, ...]
@@ -120,12 +120,12 @@ def trace(
 ) -> TraceResult:
     """Find who, among the candidates, the text was written for.
 
-    tokens: (n,) ids of one text, or a Corpus; keys: `key.users(n)` or any sequence of keys; top: how
-    many candidates to report; workers: threads, all processors by default; progress(done, total) is
-    called as the scan goes on.
-    All keys see the same positions, so their p-values are ordered as their sums; exact p-values are
-    computed for the best, and corrected for every key and slot that was tried.
-    Raises TooShort, TokenError, VocabularyMismatch; FiligraneError for an empty list or mixed slots.
+    tokens: (n,) ids of one text, or a Corpus; keys: `key.users(n)` or any sequence of keys; top:
+    how many candidates to report; workers: threads, all processors by default; progress(done,
+    total) is called as the scan goes on. All keys see the same positions, so their p-values are
+    ordered as their sums; exact p-values are computed for the best, and corrected for every key and
+    slot that was tried. Raises TooShort, TokenError, VocabularyMismatch; FiligraneError for an
+    empty list or mixed slots.
     """
     evidence = collect(tokens, scheme.context_width, vocab_size=vocab_size)
     n = len(keys)
@@ -164,9 +164,7 @@ def trace(
         raw = scheme.log_sf(exact, evidence.n_scored)
         # Holm-Sidak: the best candidate pays for all, the second for all but the first, and so on.
         floor = max(floor, stats.sidak(raw, (n - rank) * slots))
-        candidates.append(
-            Candidate(name=key.name, index=index, log_pvalue=floor, statistic=exact)
-        )
+        candidates.append(Candidate(name=key.name, index=index, log_pvalue=floor, statistic=exact))
     return TraceResult(
         candidates=tuple(candidates),
         n_candidates=n,

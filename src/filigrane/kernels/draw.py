@@ -19,7 +19,7 @@ _LN2 = 0.6931471805599453
 
 
 class Workspace:
-    """Scratch memory for a vocabulary, reused from step to step (fresh pages cost more than sums)."""
+    """Scratch memory for a vocabulary, kept between steps (fresh pages cost more than sums)."""
 
     __slots__ = ("biased", "weights", "words")
 
@@ -45,9 +45,9 @@ def _race_bounds(logits, ids, start, stop, scale, s0, s1, s2, s3, numbers, bound
         numbers[j] = float32(mix(ids[start + j], s0, s1, s2, s3)) + float32(0.5)
     bits = numbers.view(np.int32)
     for j in range(lanes):
-        # The score is l - log(-log(1 - x)) <= l - log(x), for -log(1 - x) >= x. A float's bits, read
-        # as an integer, are its log2 with the mantissa interpolated linearly, which is never above
-        # log2 (concavity): a bound on -log(x) without a logarithm.
+        # The score is l - log(-log(1 - x)) <= l - log(x), for -log(1 - x) >= x. A float's bits,
+        # read as an integer, are its log2 with the mantissa interpolated linearly, which is never
+        # above log2 (concavity): a bound on -log(x) without a logarithm.
         bounds[j] = logits[start + j] * scale + float32(_LN2) * (
             float32(159.00002) - float32(bits[j]) * float32(2.0**-23)
         )
@@ -77,9 +77,7 @@ def race(logits, ids, scale, s0, s1, s2, s3):
     for b in range(blocks):
         start = b * _BLOCK
         stop = min(n, start + _BLOCK)
-        top, nan = _race_bounds(
-            logits, ids, start, stop, fscale, s0, s1, s2, s3, numbers, bounds
-        )
+        top, nan = _race_bounds(logits, ids, start, stop, fscale, s0, s1, s2, s3, numbers, bounds)
         if nan:
             return NOT_FINITE
         tops[b] = top

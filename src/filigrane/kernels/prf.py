@@ -1,9 +1,9 @@
 """`filigrane.prf`, lane-parallel: the same bits, compiled.
 
-Buffers are flat and words first: word i of lane j is at i * LANES + j, so that the inner loop runs over
-lanes. Three things make LLVM turn it into vector instructions, each measured: unsigned
-offsets that are constants (else it gives up on proving that rows do not overlap), no inner loop over rounds, and
-32-bit types only (one 64-bit value would halve the number of lanes).
+Buffers are flat and words first: word i of lane j is at i * LANES + j, so that the inner loop runs
+over lanes. Three things make LLVM turn it into vector instructions, each measured: unsigned offsets
+that are constants (else it gives up on proving that rows do not overlap), no inner loop over
+rounds, and 32-bit types only (one 64-bit value would halve the number of lanes).
 """
 
 import numpy as np
@@ -11,10 +11,11 @@ import numpy.typing as npt
 from numba import njit, uint32, uint64
 
 LANES = 256
-"""Lanes per call: 256 lanes of 8 key words, 4 inputs and 8 outputs stay inside a first-level cache."""
+"""Lanes per call: their keys, inputs and outputs (20 words each) stay in a first-level cache."""
 BLOCK_WORDS = 8
 
-# Offsets of the rows of a buffer. Unsigned, so that numba does not add its check for negative indices.
+# Offsets of the rows of a buffer. Unsigned, so that numba does not add its check for negative
+# indices.
 R1, R2, R3, R4, R5, R6, R7 = (np.uint64(i * LANES) for i in range(1, 8))
 
 
@@ -51,7 +52,7 @@ def _double_round(a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3
 
 @njit(nogil=True, cache=True)
 def chacha_lanes(key, inputs, out, lanes):
-    """One chunk of `prf.block`: key (8 x LANES), inputs (4 x LANES) -> out (8 x LANES), flat uint32."""
+    """One chunk of `prf.block`: key (8 rows of LANES), inputs (4) -> out (8), flat uint32."""
     k0 = uint32(0x61707865)
     k1 = uint32(0x3320646E)
     k2 = uint32(0x79622D32)
@@ -124,7 +125,9 @@ def _blocks(keys, contexts, out):
             for i in range(4):
                 column = 4 * chunk + i
                 for j in range(uint64(lanes)):
-                    inputs[i * LANES + j] = contexts[start + j, column] if column < width else 0xFFFFFFFF
+                    inputs[i * LANES + j] = (
+                        contexts[start + j, column] if column < width else 0xFFFFFFFF
+                    )
             chacha_lanes(key, inputs, words, lanes)
             if chunk < chunks - 1:
                 key[:] = words

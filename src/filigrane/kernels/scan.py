@@ -1,8 +1,8 @@
 """Summing scores, compiled: one key over a text, or very many keys over one text.
 
-The statistic of a scheme is named by a `Statistic` (see `schemes/base.py`): a kind, a threshold and a
-table. The laws live in the schemes, the PRF in `kernels.prf`; this file only walks over positions and
-lanes. In `over_keys` a lane is a key, in `over_positions` a lane is a position of the text.
+The statistic of a scheme is named by a `Statistic` (see `schemes/base.py`): a kind, a threshold and
+a table. The laws live in the schemes, the PRF in `kernels.prf`; this file only walks over positions
+and lanes. In `over_keys` a lane is a key, in `over_positions` a lane is a position of the text.
 """
 
 import math
@@ -118,8 +118,8 @@ def over_positions(key_words, ids, positions, width, kind, threshold, table):
     for i in range(8):
         for j in range(LANES):
             fixed[i * LANES + j] = key_words[i]
-    turn = 0
-    for start in range(0, n, LANES):
+    for turn in range((n + LANES - 1) // LANES):
+        start = turn * LANES
         lanes = min(LANES, n - start)
         for j in range(lanes):
             tokens[j] = ids[positions[start + j]]
@@ -138,8 +138,7 @@ def over_positions(key_words, ids, positions, width, kind, threshold, table):
                 chacha_lanes(key, inputs, words, lanes)
         field_lanes(words, tokens, numbers, lanes)
         _add(kind, threshold, table, numbers, coins, totals, products, lanes)
-        turn += 1
-        if kind == GUMBEL and turn % _FACTORS == 0:
+        if kind == GUMBEL and turn % _FACTORS == _FACTORS - 1:
             _drain(totals, products, LANES)
     if kind == GUMBEL:
         _drain(totals, products, LANES)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from collections.abc import Callable
 from typing import Final
 
 from filigrane.errors import SchemeError
@@ -42,8 +43,9 @@ def from_tag(tag: str) -> Scheme:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise SchemeError(f"unknown scheme {name!r}.{hint} Known: {', '.join(SCHEMES)}.")
     scheme = SCHEMES[name]
+    parsers: dict[type, Callable[[str], int | float | str]] = {int: int, float: float, str: str}
     types = {f.name: type(f.default) for f in dataclasses.fields(scheme)}
-    values: dict[str, object] = {}
+    values: dict[str, int | float | str] = {}
     for item in filter(None, rest.split(",")):
         parameter, equals, text = item.partition("=")
         parameter = parameter.strip()
@@ -52,7 +54,7 @@ def from_tag(tag: str) -> Scheme:
         if parameter in values:
             raise SchemeError(f"{name}: {parameter} is given twice.")
         try:
-            values[parameter] = types[parameter](text.strip())
+            values[parameter] = parsers[types[parameter]](text.strip())
         except ValueError:
             raise SchemeError(
                 f"{name}: {parameter}={text!r} is not of type {types[parameter].__name__}."

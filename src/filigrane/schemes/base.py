@@ -4,8 +4,9 @@
     score(block, tokens)   -> scores    what a detector adds up
     log_sf(total, n)       -> log p     the law of that sum when there is no mark
 
-`block` is `prf.block(key, context)`. Plain numpy here is the definition; `draw` and `statistic` name
-the compiled twins. A scheme holds parameters only: no keys, no state, no randomness of its own.
+`block` is `prf.block(key, context)`. Plain numpy here is the definition; `draw` and `statistic`
+name the compiled twins. A scheme holds parameters only: no keys, no state, no randomness of its
+own.
 """
 
 import dataclasses
@@ -63,14 +64,7 @@ class Scheme(ABC):
     context_width: int = 4
 
     def __post_init__(self) -> None:
-        width = self.context_width
-        if isinstance(width, bool) or not isinstance(width, int):
-            raise SchemeError(f"{self.name}: context_width must be an integer, got {width!r}.")
-        if not 1 <= width <= MAX_CONTEXT_WIDTH:
-            raise SchemeError(
-                f"{self.name}: context_width must be in 1..{MAX_CONTEXT_WIDTH}, got {width}. "
-                "Engines use 4; 1 or 2 survives more edits and is easier to steal."
-            )
+        check_integer(self.name, "context_width", self.context_width, 1, MAX_CONTEXT_WIDTH)
 
     @property
     def label(self) -> str:
@@ -96,9 +90,7 @@ class Scheme(ABC):
         """log P(sum of n scores >= total) when text and key are independent; natural log."""
 
     @abstractmethod
-    def draw(
-        self, candidates: Candidates, block: Words, noise: Words, workspace: object
-    ) -> int:
+    def draw(self, candidates: Candidates, block: Words, noise: Words, workspace: object) -> int:
         """Draw from the marked law of the candidates, compiled; returns an index into them.
 
         block: (8,) uint32; noise: (4,) uint32 of private randomness, unused if deterministic;
@@ -111,7 +103,28 @@ class Scheme(ABC):
         """The compiled twin of `score`, summed."""
 
 
+def check_integer(scheme: str, name: str, value: object, low: int, high: int) -> None:
+    """Raise SchemeError unless value is an integer in low..high."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise SchemeError(f"{scheme}: {name} must be an integer in {low}..{high}, got {value!r}.")
+
+
+def check_number(scheme: str, name: str, value: object, low: float, high: float) -> None:
+    """Raise SchemeError unless value is a number strictly between low and high."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
+        raise SchemeError(
+            f"{scheme}: {name} must be a number between {low:g} and {high:g}, got {value!r}."
+        )
+
+
 def private_uniform(noise: Words) -> float:
     """53 private random bits in [0, 1), from two of the noise words."""
     high, low = int(noise[0]) >> 5, int(noise[1]) >> 6
     return float((high << 26 | low) * 2.0**-53)
+
+
+def one_hot(index: npt.NDArray[np.int64], vocab_size: int) -> Probs:
+    """All probability on one token: index (...) -> (..., V)."""
+    probs: Probs = np.zeros((*np.shape(index), vocab_size))
+    np.put_along_axis(probs, np.asarray(index)[..., None], 1.0, axis=-1)
+    return probs

@@ -10,17 +10,24 @@ import numpy.typing as npt
 from filigrane import stats
 from filigrane.errors import SchemeError
 from filigrane.prf import FIELD, Words, field
-from filigrane.schemes.base import NO_TABLE, Candidates, Probs, Scheme, Statistic
+from filigrane.schemes.base import (
+    NO_TABLE,
+    Candidates,
+    Probs,
+    Scheme,
+    Statistic,
+    check_number,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GreenList(Scheme):
     """Adds delta to the logits of the green tokens; each token is green with probability gamma.
 
-    gamma: share of green tokens, in (0, 1); delta: bias in nats, > 0. Biased (the text's law changes),
-    but it is the one scheme that also marks greedy and beam search. Whether a token is green is
-    decided token by token, not by cutting a permutation at gamma * V: the vocabulary size never
-    matters, and the count is exactly binomial.
+    gamma: share of green tokens, in (0, 1); delta: bias in nats, > 0. Biased (the text's law
+    changes), but it is the one scheme that also marks greedy and beam search. Whether a token is
+    green is decided token by token, not by cutting a permutation at gamma * V: the vocabulary size
+    never matters, and the count is exactly binomial.
     """
 
     name: ClassVar[str] = "greenlist"
@@ -37,10 +44,10 @@ class GreenList(Scheme):
         """Raise SchemeError for parameters outside their range."""
         # Not super(): dataclass(slots=True) makes a new class, which zero-argument super() misses.
         Scheme.__post_init__(self)
-        if not (isinstance(self.gamma, float) and 2.0**-32 <= self.gamma <= 1 - 2.0**-32):
-            raise SchemeError(f"greenlist: gamma must be inside (0, 1), got {self.gamma!r}.")
-        if not (isinstance(self.delta, int | float) and 0 < self.delta < math.inf):
-            raise SchemeError(f"greenlist: delta must be positive and finite, got {self.delta!r}.")
+        check_number(self.name, "gamma", self.gamma, 0.0, 1.0)
+        check_number(self.name, "delta", self.delta, 0.0, math.inf)
+        if not 0 < self.threshold < 2**32:
+            raise SchemeError(f"greenlist: gamma={self.gamma} leaves no token or no red token.")
 
     @property
     def threshold(self) -> int:
@@ -49,13 +56,15 @@ class GreenList(Scheme):
 
     def is_green(self, block: Words, tokens: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         """Membership: block (..., 8), tokens (...) -> (...) bool."""
-        return field(block[..., FIELD], tokens) < np.uint32(self.threshold)
+        green: npt.NDArray[np.bool_] = field(block[..., FIELD], tokens) < np.uint32(self.threshold)
+        return green
 
     def reweight(self, probs: Probs, block: Words) -> Probs:
         """Tilt: p_w * exp(delta [w green]), renormalised; what the bias does at temperature 1."""
         green = self.is_green(block[..., None, :], np.arange(probs.shape[-1]))
         tilted = np.where(green, probs * math.exp(self.delta), probs)
-        return tilted / tilted.sum(axis=-1, keepdims=True)
+        marked: Probs = tilted / tilted.sum(axis=-1, keepdims=True)
+        return marked
 
     def score(self, block: Words, tokens: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """1 for a green token, else 0."""

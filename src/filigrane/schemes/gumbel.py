@@ -1,14 +1,14 @@
 """Gumbel race (exponential minimum): Aaronson 2022; Kuditipudi et al. 2023 (arXiv 2307.15593)."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from filigrane import stats
 from filigrane.prf import FIELD, Words, field, open_uniform, upper_uniform
-from filigrane.schemes.base import NO_TABLE, Candidates, Probs, Scheme, Statistic
+from filigrane.schemes.base import NO_TABLE, Candidates, Probs, Scheme, Statistic, one_hot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,13 +30,13 @@ class Gumbel(Scheme):
         x = open_uniform(field(block[..., None, FIELD], np.arange(probs.shape[-1])))
         with np.errstate(divide="ignore"):
             winner = np.argmax(np.log(probs) - np.log(-np.log1p(-x)), axis=-1)
-        return np.eye(probs.shape[-1])[winner]
+        return one_hot(winner, probs.shape[-1])
 
     def score(self, block: Words, tokens: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """-log x_w, an Exp(1) variable without a mark; large when the clock rang early."""
-        return cast(
-            npt.NDArray[np.float64], -np.log(upper_uniform(field(block[..., FIELD], tokens)))
-        )
+        evidence: npt.NDArray[np.float64]
+        evidence = -np.log(upper_uniform(field(block[..., FIELD], tokens)))
+        return evidence
 
     def log_sf(self, total: float, n: int) -> float:
         """Upper tail of Gamma(n, 1); exact up to the 2**-32 lattice of x, never too small."""

@@ -9,7 +9,14 @@ import numpy.typing as npt
 from filigrane import stats
 from filigrane.errors import SchemeError
 from filigrane.prf import FIELD, Words, field
-from filigrane.schemes.base import Candidates, Probs, Scheme, Statistic, private_uniform
+from filigrane.schemes.base import (
+    Candidates,
+    Probs,
+    Scheme,
+    Statistic,
+    check_integer,
+    private_uniform,
+)
 
 MAX_DEPTH: Final = 32
 
@@ -36,10 +43,7 @@ class Tournament(Scheme):
     def __post_init__(self) -> None:
         """Raise SchemeError for parameters outside their range."""
         Scheme.__post_init__(self)
-        if isinstance(self.depth, bool) or not isinstance(self.depth, int):
-            raise SchemeError(f"tournament: depth must be an integer, got {self.depth!r}.")
-        if not 1 <= self.depth <= MAX_DEPTH:
-            raise SchemeError(f"tournament: depth must be in 1..{MAX_DEPTH}, got {self.depth}.")
+        check_integer(self.name, "depth", self.depth, 1, MAX_DEPTH)
         if self.scoring not in ("weighted", "mean"):
             raise SchemeError(
                 f"tournament: scoring must be 'weighted' or 'mean', got {self.scoring!r}."
@@ -58,7 +62,9 @@ class Tournament(Scheme):
     def bits(self, block: Words, tokens: npt.ArrayLike) -> npt.NDArray[np.uint32]:
         """The keyed bits: block (..., 8), tokens (...) -> (..., depth), lowest bit first."""
         numbers = field(block[..., FIELD], tokens)
-        return (numbers[..., None] >> np.arange(self.depth, dtype=np.uint32)) & np.uint32(1)
+        layers = np.arange(self.depth, dtype=np.uint32)
+        bits: npt.NDArray[np.uint32] = (numbers[..., None] >> layers) & np.uint32(1)
+        return bits
 
     def reweight(self, probs: Probs, block: Words) -> Probs:
         """p_w <- p_w (1 + g_l(w) - G_l), G_l = sum_w p_w g_l(w), for l = 1 .. depth."""
@@ -70,7 +76,8 @@ class Tournament(Scheme):
 
     def score(self, block: Words, tokens: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Weighted number of ones among the token's bits, an integer."""
-        return (self.bits(block, tokens) * np.asarray(self.weights)).sum(-1).astype(np.float64)
+        ones: npt.NDArray[np.float64] = self.bits(block, tokens) @ np.asarray(self.weights, float)
+        return ones
 
     def log_sf(self, total: float, n: int) -> float:
         """Upper tail of sum_l weight_l Binomial(n, 1/2), exact on its lattice."""

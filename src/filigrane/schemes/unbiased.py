@@ -1,8 +1,8 @@
 """Unbiased reweights: delta (inverse CDF) and gamma, Hu et al. 2023 (arXiv 2310.10669).
 
 Both walk through the vocabulary in a keyed order: tokens by their keyed number, which is a strict
-order because the field is a bijection. The published detectors need the model's probabilities; the U
-scores here need the key only (for delta this is the alignment idea of Kuditipudi et al. 2023).
+order because the field is a bijection. The published detectors need the model's probabilities; the
+U scores here need the key only (for delta this is the alignment idea of Kuditipudi et al. 2023).
 """
 
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from filigrane.schemes.base import (
     Probs,
     Scheme,
     Statistic,
+    one_hot,
     private_uniform,
 )
 
@@ -36,7 +37,9 @@ class DeltaReweight(Scheme):
     """Inverse CDF: the token at the keyed uniform number, in the keyed order."""
 
     name: ClassVar[str] = "delta"
-    reference: ClassVar[str] = "Hu et al. 2023, arXiv 2310.10669; Kuditipudi et al. 2023, 2307.15593"
+    reference: ClassVar[str] = (
+        "Hu et al. 2023, arXiv 2310.10669; Kuditipudi et al. 2023, 2307.15593"
+    )
     unbiased: ClassVar[bool] = True
     acts_on: ClassVar[Literal["logits", "distribution"]] = "distribution"
     deterministic: ClassVar[bool] = True
@@ -47,7 +50,7 @@ class DeltaReweight(Scheme):
         order, cumulative = _in_keyed_order(probs, block)
         target = open_uniform(block[..., COIN])[..., None] * cumulative[..., -1:]
         rank = np.argmax(cumulative > target, axis=-1)[..., None]
-        return np.eye(probs.shape[-1])[np.take_along_axis(order, rank, axis=-1)[..., 0]]
+        return one_hot(np.take_along_axis(order, rank, axis=-1)[..., 0], probs.shape[-1])
 
     def score(self, block: Words, tokens: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """U score: the chance that token number and coin would lie further apart than they do.
@@ -70,9 +73,7 @@ class DeltaReweight(Scheme):
 
         assert isinstance(workspace, Workspace)
         v = float(open_uniform(block[COIN : COIN + 1])[0])
-        return int(
-            quantile(*candidates, *block[FIELD], v, workspace.weights, workspace.words)
-        )
+        return int(quantile(*candidates, *block[FIELD], v, workspace.weights, workspace.words))
 
     @property
     def statistic(self) -> Statistic:
@@ -82,7 +83,7 @@ class DeltaReweight(Scheme):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GammaReweight(Scheme):
-    """The half of the probability that comes last in the keyed order counts double, the rest zero."""
+    """The half of the probability that comes last in keyed order counts double, the rest zero."""
 
     name: ClassVar[str] = "gamma"
     reference: ClassVar[str] = "Hu et al. 2023, arXiv 2310.10669"
@@ -113,9 +114,7 @@ class GammaReweight(Scheme):
 
         assert isinstance(workspace, Workspace)
         v = 0.5 + 0.5 * private_uniform(noise)
-        return int(
-            quantile(*candidates, *block[FIELD], v, workspace.weights, workspace.words)
-        )
+        return int(quantile(*candidates, *block[FIELD], v, workspace.weights, workspace.words))
 
     @property
     def statistic(self) -> Statistic:
