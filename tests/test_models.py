@@ -25,7 +25,7 @@ VOCABULARY = [
 
 
 def write_gguf(path: Path, *, template: str | None = TEMPLATE) -> Path:
-    """A llama of one layer with random weights, whose file is 50 kB."""
+    """A llama of one layer with random weights, half of them packed, whose file is 50 kB."""
     import gguf
 
     rng = np.random.default_rng(0)
@@ -63,8 +63,14 @@ def write_gguf(path: Path, *, template: str | None = TEMPLATE) -> Path:
         "blk.0.ffn_up": (inner, width),
         "blk.0.ffn_down": (width, inner),
     }
+    packed = gguf.GGMLQuantizationType.Q4_1
     for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", rng.standard_normal(shape).astype(np.float32))
+        weights = rng.standard_normal(shape).astype(np.float32)
+        if "ffn" in name and len(shape) == 2:
+            data = gguf.quants.quantize(weights, packed)
+            writer.add_tensor(f"{name}.weight", data, raw_dtype=packed)
+        else:
+            writer.add_tensor(f"{name}.weight", weights)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -114,7 +120,10 @@ def test_the_weights_are_those_of_the_file(tiny: Path, cache: Path) -> None:
     import gguf
 
     loaded = models.load(tiny)
-    stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(str(tiny)).tensors}
+    stored = {
+        tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        for tensor in gguf.GGUFReader(str(tiny)).tensors
+    }
     layer = loaded.model.model.layers[0]
     for name, module in {
         "token_embd": loaded.model.get_input_embeddings(),
@@ -163,6 +172,7 @@ def test_a_converted_folder_is_an_ordinary_one(tiny: Path, cache: Path) -> None:
     assert models.load_tokenizer(folder).tokenizer_sha256 == loaded.tokenizer_sha256
     for path in folder.glob("*.json"):
         assert str(tiny.parent) not in path.read_text(), path.name
+        assert "quantization_config" not in path.read_text(), path.name
 
 
 def test_vocab_size_is_the_width_of_the_logits(tiny: Path, cache: Path, tmp_path: Path) -> None:
@@ -482,17 +492,27 @@ def test_loading_is_silent_and_leaves_the_settings_alone(
 ) -> None:
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    # The library's own handler holds a stream from before this test: listen beside it.
+    lines: list[str] = []
+
+    class Listener(python_logging.Handler):
+        def emit(self, record: python_logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    listener, before = Listener(), logging.get_verbosity()
+    logging.add_handler(listener)
     logging.set_verbosity(python_logging.INFO)
     logging.enable_progress_bar()
     try:
         models.load(tiny)
+        assert not lines
         assert logging.get_verbosity() == python_logging.INFO
         assert logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         models.load(tiny)
         assert not logging.is_progress_bar_enabled()
     finally:
+        logging.remove_handler(listener)
         logging.set_verbosity(before)
         logging.enable_progress_bar()
     assert capfd.readouterr() == ("", "")

@@ -151,7 +151,7 @@ class MarkedSampler:
         (batch,) int64. Raises LogitsError for NaN, +inf or a row of -inf, and for a wrong shape;
         nothing is remembered then.
         """
-        from filigrane.kernels.draw import Workspace
+        from filigrane.kernels.draw import Workspace, drawable
 
         rows = np.ascontiguousarray(logits, dtype=np.float32)
         if rows.ndim != 2 or rows.shape[0] != len(self.histories) or rows.shape[1] == 0:
@@ -170,12 +170,12 @@ class MarkedSampler:
         noise = self._rng.integers(0, 2**32, size=(rows.shape[0], 4), dtype=np.uint32)
         tokens = np.empty(rows.shape[0], dtype=np.int64)
         for row in range(rows.shape[0]):
-            tokens[row] = self._draw(rows[row], bool(marked[row]), blocks[row], noise[row])
-            if tokens[row] < 0:
+            if not drawable(rows[row]):
                 raise LogitsError(
                     f"row {row}: logits hold NaN or +inf, or nothing above -inf; no token can be "
                     "drawn. Check the model's dtype (float16 overflows) and your logit masks."
                 )
+            tokens[row] = self._draw(rows[row], bool(marked[row]), blocks[row], noise[row])
         for row, token in enumerate(tokens.tolist()):
             self.push(row, token, marked=bool(marked[row]))
         return tokens
@@ -186,17 +186,13 @@ class MarkedSampler:
         self.marked[row].append(marked)
 
     def _draw(self, logits: Logits, marked: bool, block: prf.Words, noise: prf.Words) -> int:
-        from filigrane.kernels import draw
+        from filigrane.kernels.draw import race
 
         scheme = self.scheme
         if marked and scheme.acts_on == "logits":
             logits = bias_logits(scheme, logits, self._ids, block, self._workspace.biased)
         if self.sampling.greedy:
-            best = int(np.argmax(logits))  # a NaN, if there is one
-            return best if np.isfinite(logits[best]) else draw.NOT_FINITE
-        # top-p needs finite numbers before the draw can complain about them
-        if self.sampling.top_p < 1.0 and not np.isfinite(logits.max()):
-            return draw.NOT_FINITE
+            return int(np.argmax(logits))
         kept = truncate(logits, self.sampling)
         scale = 1.0 / self.sampling.temperature
         if kept is None:
@@ -206,8 +202,8 @@ class MarkedSampler:
         if marked:
             index = scheme.draw(candidates, block, noise, self._workspace)
         else:
-            index = int(draw.race(*candidates, *noise))
-        return index if kept is None or index < 0 else int(kept[index])
+            index = int(race(*candidates, *noise))
+        return index if kept is None else int(kept[index])
 
 
 def bias_logits(

@@ -1,0 +1,137 @@
+"""Imports flow one way, the front door is pinned, and importing filigrane loads no framework."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import filigrane
+
+SOURCE = Path(__file__).parent.parent / "src" / "filigrane"
+
+# Low to high. A module may import from floors below its own, and from its own floor if it is listed
+# later there; names are prefixes of module paths.
+FLOORS = [
+    ["errors"],
+    ["stats", "prf", "contexts"],
+    ["kernels"],
+    ["keys"],
+    ["schemes"],
+    ["embedding", "detection", "tracing"],
+    ["toy"],
+    ["adapters"],
+    ["bench"],
+    ["cli"],
+]
+# The reference modules call their own compiled twins inside functions, and kernels know nothing of
+# them in return: the one place where an arrow points up.
+LAZY_UPWARD = {("contexts", "kernels")}
+FRONT_DOOR = {
+    *("Key", "Corpus", "Sampling", "FiligraneError"),
+    *("SCHEMES", "from_tag", "Gumbel", "GreenList", "Tournament", "GammaReweight", "DeltaReweight"),
+    *("embed", "embed_batch", "stream", "Generated", "LanguageModel", "MarkedSampler"),
+    *("detect", "DetectionResult", "trace", "TraceResult"),
+}
+FORBIDDEN_BELOW_ADAPTERS = {"torch", "transformers", "scipy", "typer", "rich", "fastapi", "sqlite3"}
+
+
+def floor_of(module: str) -> tuple[int, int]:
+    head = module.split(".")[0]
+    for height, names in enumerate(FLOORS):
+        if head in names:
+            return height, names.index(head)
+    raise AssertionError(f"{module} has no floor in FLOORS: decide where it stands")
+
+
+def imports(path: Path) -> list[tuple[str, int, bool]]:
+    """(module, line, whether at module level) of every import in a file."""
+    tree = ast.parse(path.read_text())
+    top = {id(node) for node in tree.body}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno, id(node) in top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: import by full name"
+            module = node.module or ""
+            if module == "filigrane":
+                found += [
+                    (f"filigrane.{alias.name}", node.lineno, id(node) in top)
+                    for alias in node.names
+                ]
+            else:
+                found.append((module, node.lineno, id(node) in top))
+    return found
+
+
+def modules() -> list[tuple[str, Path]]:
+    return [
+        (".".join(path.relative_to(SOURCE).with_suffix("").parts), path)
+        for path in sorted(SOURCE.rglob("*.py"))
+    ]
+
+
+def problems(files: list[tuple[str, Path]]) -> list[str]:
+    known = {name.split(".")[0] for name, _ in files}
+    wrong = []
+    for name, path in files:
+        if name in ("__init__", "__main__"):
+            continue
+        here = floor_of(name)
+        for target, line, top in imports(path):
+            root, _, rest = target.partition(".")
+            if root != "filigrane":
+                low = here[0] < FLOORS.index(["adapters"])
+                if low and root in FORBIDDEN_BELOW_ADAPTERS:
+                    wrong.append(f"{path.name}:{line}: {name} must not know {root}")
+                if top and root == "numba" and not name.startswith("kernels"):
+                    wrong.append(f"{path.name}:{line}: numba only in kernels")
+                continue
+            head = rest.split(".")[0]
+            if head not in known or head == name.split(".")[0]:
+                # A name of the front door is only for those above it.
+                if head not in known and here[0] < FLOORS.index(["adapters"]):
+                    wrong.append(f"{path.name}:{line}: {name} imports the front door")
+                continue
+            if (name, head) in LAZY_UPWARD and not top:
+                continue
+            if floor_of(head) > here or (top and head == "kernels" and here[0] < 7):
+                wrong.append(f"{path.name}:{line}: {name} imports {head}, which stands above it")
+    return wrong
+
+
+def test_imports_flow_one_way() -> None:
+    assert problems(modules()) == []
+
+
+def test_the_test_can_fail(tmp_path: Path) -> None:
+    bad = tmp_path / "stats.py"
+    bad.write_text("from filigrane.detection import detect\nimport torch\n")
+    found = problems([*modules(), ("stats", bad)])
+    assert len(found) == 2 and "stats imports detection" in found[0] and "torch" in found[1]
+
+
+def test_front_door_is_pinned() -> None:
+    public = {name for name in vars(filigrane) if not name.startswith("_")}
+    submodules = {name.split(".")[0] for name, _ in modules()}
+    assert public - submodules == set(filigrane.__all__)
+    assert set(filigrane.__all__) == FRONT_DOOR
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, filigrane\n"
+        "heavy = {'torch', 'transformers', 'numba', 'scipy', 'cryptography', 'typer', 'rich'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_open_keywords_and_no_print() -> None:
+    for name, path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and not name.startswith("cli"):
+                assert node.args.kwarg is None, f"{path}:{node.lineno}: **kwargs in {node.name}"
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id != "print" or name.startswith("cli"), f"{path}:{node.lineno}"
