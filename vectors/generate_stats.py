@@ -205,9 +205,10 @@ def bits_from_counts(total: int, n: int, weights: Sequence[int], counts: list[in
     """log P(sum >= total) from the counts of the deficits 0, 1, ..."""
     deficit = n * sum(weights) - total
     ways = sum(counts[: deficit + 1])
-    everything = 1 << (n * len(weights))
-    upper = 2 * ways <= everything
-    return from_smaller(upper, mpf(ways if upper else everything - ways) / everything)
+    bits = n * len(weights)
+    upper = 2 * ways <= 1 << bits
+    # ldexp, because mpmath strips the zeros of a power of two one by one.
+    return from_smaller(upper, mp.ldexp(mpf(ways if upper else (1 << bits) - ways), -bits))
 
 
 def bits_contour(total: int, n: int, weights: Sequence[int]) -> mpf:
@@ -235,13 +236,13 @@ def bits_contour(total: int, n: int, weights: Sequence[int]) -> mpf:
         raise SecondaryPeak("near the top the distribution is a few points")
     # Outside the main peak the integrand must vanish, or this route does not apply.
     edge = 25 / float(spread)
+    flats = [1.0 / math.cosh(min(300.0, 0.5 * w * float(tilt))) ** 2 for w in weights]
     for i in range(200_001):
         theta = edge + (math.pi - edge) * i / 200_000 if i else edge
         log_size = 0.0
-        for w in weights:
-            flat = 1.0 / math.cosh(min(300.0, 0.5 * w * float(tilt))) ** 2
+        for w, flat in zip(weights, flats, strict=True):
             log_size += 0.5 * math.log1p(-flat * math.sin(0.5 * w * theta) ** 2 + 1e-18)
-            if n * log_size < -110.0:
+            if n * log_size < -90.0:
                 break
         else:
             raise SecondaryPeak(f"at {theta}: {total=} {n=}")

@@ -40,7 +40,6 @@ _NEEDS_EXTRA = "loading models needs more packages: pip install 'filigrane[trans
 # Part of every cache path; raise it when the same GGUF file would be converted to other bytes.
 _CONVERSION = "gguf-1"
 _FOLDER_FILES = ("config.json", "tokenizer_config.json", "tokenizer.json")
-_QUANTISER_REMAINS = ("hf_quantizer", "is_quantized", "quantization_method", "quantization_config")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,11 +96,10 @@ def load(
         ) from error
     source = _resolve(name_or_path)
     if source.gguf is None:
-        wanted = "auto" if dtype is None else getattr(torch, dtype)
         folder = source.location
     else:
-        wanted = getattr(torch, dtype or "float32")
         folder = str(_converted_model(source.gguf, dtype or "float32"))
+    wanted = "auto" if dtype is None else getattr(torch, dtype)
 
     def read(local_only: bool) -> tuple[Any, Any]:
         return (
@@ -112,7 +110,7 @@ def load(
         )
 
     tokenizer, model = _read(source, folder, read)
-    model = model.to(place).eval()
+    model = model.to(place)
     head = model.get_output_embeddings()
     if head is None:
         raise ModelError(f"{source.name!r} has no output vocabulary; pass a causal language model.")
@@ -242,7 +240,7 @@ def _checked_gguf(path: Path) -> Path:
         raise ModelError(f"cannot read {str(path)!r}: {error.strerror}.") from error
     if magic != b"GGUF":
         raise ModelError(f"{str(path)!r} is not a model: it is not a GGUF file. {_accepted()}")
-    return path.resolve()
+    return path
 
 
 def _checked_folder(path: Path) -> Path:
@@ -361,16 +359,12 @@ def _converted_model(gguf: Path, dtype: str) -> Path:
         torch, transformers = _import("torch"), _import("transformers")
         arguments: dict[str, Any] = {}
         if hasattr(transformers, "GgufConfig"):
-            # Newer versions keep the weights packed where the device has kernels for that.
+            # Without this, newer versions mark the model as quantised and refuse to save it, and
+            # may keep its weights packed. Older ones unpack in any case.
             arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             str(gguf.parent), gguf_file=gguf.name, dtype=getattr(torch, dtype), **arguments
         )
-        # The weights are plain by now; these remains of the quantiser only make saving refuse.
-        for owner in (model, model.config):
-            for name in _QUANTISER_REMAINS:
-                if name in vars(owner):
-                    delattr(owner, name)
         return model, _tokenizer_from_gguf(gguf)
 
     return _cached(gguf, dtype, read)

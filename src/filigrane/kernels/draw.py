@@ -30,6 +30,20 @@ class Workspace:
 
 
 @njit(nogil=True, cache=True)
+def drawable(logits):
+    """Whether a token can be drawn: no NaN, no +inf, something above -inf."""
+    bits = logits.view(np.int32)
+    top = int32(-0x80000000)
+    size = int32(0)
+    for i in range(logits.shape[0]):
+        key = bits[i]
+        size = max(size, int32(key & int32(0x7FFFFFFF)))
+        top = max(top, int32(key ^ int32(int32(key >> int32(31)) & int32(0x7FFFFFFF))))
+    # As such integers, -inf is -0x7F800001 and +inf 0x7F800000; NaNs are larger in size.
+    return size <= int32(0x7F800000) and int32(-0x7F800001) < top < int32(0x7F800000)
+
+
+@njit(nogil=True, cache=True)
 def bias(logits, ids, s0, s1, s2, s3, threshold, delta, out):
     """Green list: out = logits + delta where field(token) < threshold."""
     for i in range(logits.shape[0]):

@@ -10,6 +10,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from filigrane.kernels.wide import use_wide_vectors
+
 LANES = 32
 """Indices hashed side by side: two AVX-512 or four AVX2 registers per word, so that the latency
 of one register's round hides behind the others."""
@@ -116,6 +118,7 @@ def _compress(x: NDArray[np.uint32], state: NDArray[np.uint32]) -> None:
 
     FIPS 180-4, section 6.2.2: 4 times 16 rounds, the schedule renewed in place between them.
     """
+    use_wide_vectors()
     u = np.uint32
     for j in range(8):
         for i in range(LANES):

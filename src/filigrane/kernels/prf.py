@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit, uint32, uint64
 
+from filigrane.kernels.wide import use_wide_vectors
+
 LANES = 256
 """Lanes per call: their keys, inputs and outputs (20 words each) stay in a first-level cache."""
 BLOCK_WORDS = 8
@@ -53,6 +55,7 @@ def _double_round(a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3
 @njit(nogil=True, cache=True)
 def chacha_lanes(key, inputs, out, lanes):
     """One chunk of `prf.block`: key (8 rows of LANES), inputs (4) -> out (8), flat uint32."""
+    use_wide_vectors()
     k0 = uint32(0x61707865)
     k1 = uint32(0x3320646E)
     k2 = uint32(0x79622D32)
@@ -98,6 +101,7 @@ def mix(token, s0, s1, s2, s3):
 @njit(nogil=True, cache=True)
 def field_lanes(seeds, tokens, out, lanes):
     """`prf.field`, a seed per lane: seeds (>= 4 x LANES, flat), tokens (LANES,) -> out (LANES,)."""
+    use_wide_vectors()
     for j in range(uint64(lanes)):
         out[j] = mix(tokens[j], seeds[j], seeds[R1 + j], seeds[R2 + j], seeds[R3 + j])
 
@@ -105,6 +109,7 @@ def field_lanes(seeds, tokens, out, lanes):
 @njit(nogil=True, cache=True)
 def field_row(s0, s1, s2, s3, tokens, out):
     """`prf.field` of many tokens under one seed: tokens (n,) -> out (n,), all uint32."""
+    use_wide_vectors()
     for j in range(tokens.shape[0]):
         out[j] = mix(tokens[j], s0, s1, s2, s3)
 

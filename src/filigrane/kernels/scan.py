@@ -11,6 +11,7 @@ import numpy as np
 from numba import njit, uint32
 
 from filigrane.kernels.prf import BLOCK_WORDS, LANES, R4, chacha_lanes, field_lanes
+from filigrane.kernels.wide import use_wide_vectors
 
 GUMBEL, GREEN, TABLE, POSITION, DISTANCE = range(5)
 
@@ -21,6 +22,7 @@ _FACTORS = 30
 @njit(nogil=True, cache=True)
 def _add(kind, threshold, table, numbers, coins, totals, products, lanes):
     """Add one score per lane to totals (or multiply it into products, for GUMBEL)."""
+    use_wide_vectors()
     if kind == GUMBEL:
         for j in range(lanes):
             products[j] *= (np.float64(numbers[j]) + 1.0) * 2.0**-32
