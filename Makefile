@@ -49,8 +49,11 @@ vectors: $(DEV) ## write the golden vectors anew, then verify them with the stan
 	@echo "== vectors/verify.py"
 	@$(PY) -I -S vectors/verify.py
 
-bench: $(DEV) ## run every benchmark; results go to benchmarks/results
-	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script; done
+bench: $(DEV) ## measure speed side by side with others and write docs/benchmarks.md (minutes)
+	@$(BIN)/filigrane bench embed --out benchmarks/results/embed.json
+	@$(BIN)/filigrane bench detect --out benchmarks/results/detect.json
+	@$(BIN)/filigrane bench trace --out benchmarks/results/trace.json
+	@$(PY) benchmarks/table.py
 
 clean: ## remove caches and build products; the environment stays
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -49,10 +49,10 @@ def hexes(words: Any) -> list[str]:
     return [f"{int(word):08x}" for word in words]
 
 
-def digest(texts: Sequence[Sequence[int]]) -> str:
-    """SHA-256 of the lengths and ids of the texts, 32-bit little endian."""
-    data = b"".join(np.array([len(text), *text], dtype="<u4").tobytes() for text in texts)
-    return hashlib.sha256(data).hexdigest()
+def sealed(inputs: dict[str, Any], results: dict[str, Any], **said: str) -> dict[str, Any]:
+    """A case: what is said about it, inputs, results, and a hash that shows a mistyped input."""
+    text = json.dumps(inputs, sort_keys=True, separators=(",", ":"))
+    return {**said, **inputs, **results, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def thirty(value: mpf) -> str:
@@ -165,9 +165,8 @@ def prf_file() -> str:
     for source, rounds, key, given, output in PUBLISHED:
         made = prf.chacha_block(words(bytes.fromhex(key)), words(bytes.fromhex(given)), rounds)
         assert made.astype("<u4").tobytes().hex() == output, source
-        case = {"source": source, "rounds": rounds, "key": key}
-        case |= {"input": hexes(words(bytes.fromhex(given))), "output": hexes(made)}
-        chacha.append(case)
+        inputs = {"rounds": rounds, "key": key, "input": hexes(words(bytes.fromhex(given)))}
+        chacha.append(sealed(inputs, {"output": hexes(made)}, source=source))
     for key_, given_ in (
         (COUNTING, b"\0" * 16),
         (COUNTING, b"\xff" * 16),
@@ -175,9 +174,8 @@ def prf_file() -> str:
         (bytes_of("key"), bytes_of("input")[:16]),
     ):
         made = prf.chacha_block(words(key_), words(given_))
-        case = {"source": "filigrane.prf", "rounds": 8, "key": key_.hex()}
-        case |= {"input": hexes(words(given_)), "output": hexes(made)}
-        chacha.append(case)
+        inputs = {"rounds": 8, "key": key_.hex(), "input": hexes(words(given_))}
+        chacha.append(sealed(inputs, {"output": hexes(made)}, source="filigrane.prf"))
     contexts = [[0], [MAX_ID], [7], [1, 2], [2, 1], [0, 0, 0], [0, 0, 0, 0], [MAX_ID] * 4]
     contexts += [[1, 2, 3], [1, 2, 3, 4], [4, 3, 2, 1], [50256, 11, 262, 464]]
     contexts += [[1, 2, 3, 4, 5], [0] * 5, [0] * 8, list(range(8)), list(range(9)), [MAX_ID] * 9]
@@ -187,9 +185,9 @@ def prf_file() -> str:
     for number, context in enumerate(contexts):
         key_ = COUNTING if number % 3 == 0 else bytes_of(f"block/{number}")
         made = prf.block(words(key_), context)
-        case = {"key": key_.hex(), "context": context, "words": hexes(made)}
-        case |= {"seed": hexes(made[prf.FIELD]), "coin": hexes(made[prf.COIN :][:1])[0]}
-        block.append(case)
+        results = {"words": hexes(made), "seed": hexes(made[prf.FIELD])}
+        results["coin"] = f"{made[prf.COIN]:08x}"
+        block.append(sealed({"key": key_.hex(), "context": context}, results))
     tokens = [0, 1, 2, 3, 255, 256, 65535, 65536, 50256, 151935, 2**31 - 1, 2**31, MAX_ID]
     field = []
     for seed in (
@@ -201,9 +199,9 @@ def prf_file() -> str:
         prf.block(words(COUNTING), [1, 2, 3, 4])[prf.FIELD],
     ):
         numbers = hexes(prf.field(seed, tokens))
-        field.append({"seed": hexes(seed), "tokens": tokens, "numbers": numbers})
+        field.append(sealed({"seed": hexes(seed), "tokens": tokens}, {"numbers": numbers}))
     about = (
-        "SPEC.md, section 3. Keys are 32 bytes in hex; words are numbers of 8 hex digits. chacha: "
+        "SPEC.md, section 2. Keys are 32 bytes in hex; words are numbers of 8 hex digits. chacha: "
         "the core, with published values first; block: key and context to 8 words; field: seed "
         f"and token to one word. {WARNING}"
     )
@@ -242,15 +240,13 @@ def contexts_file() -> str:
         claim = Corpus(texts)
         positions = scored_positions(claim, width).tolist()
         complete = sum(max(0, len(text) - width) for text in texts)
-        row = {"about": about, "width": width, "texts": texts}
-        row |= {"n_tokens": sum(map(len, texts)), "positions": positions}
-        row |= {"n_repeated": complete - len(positions), "too_short": not positions}
-        rows.append(row | {"sha256": digest(texts)})
+        results = {"n_tokens": sum(map(len, texts)), "positions": positions}
+        results |= {"n_repeated": complete - len(positions), "too_short": not positions}
+        rows.append(sealed({"width": width, "texts": texts}, results, about=about))
     about = (
-        "SPEC.md, section 4: texts tested as one claim, and the positions (indices into all texts, "
+        "SPEC.md, section 3: texts tested as one claim, and the positions (indices into all texts, "
         "concatenated) that are scored. Of the last text, these are the positions that a generator "
-        "marks which was given the other texts as earlier ones. sha256: of the lengths and ids of "
-        "the texts as 32-bit little-endian words."
+        "marks which was given the other texts as earlier ones."
     )
     return compact({"about": about, "cases": rows})
 
@@ -352,20 +348,21 @@ def detect_case(
     n_scored, slots, logs = slot_tails(holder, scheme, texts)
     best = logs.index(min(logs))
     complete = sum(max(0, len(text) - scheme.context_width) for text in texts)
-    return {
-        "about": about,
+    inputs = {
         "key": key.export_text(),
         "user": None if user is None else str(user),
         "scheme": scheme.tag,
         "texts": texts,
+    }
+    results = {
         "label": scheme.label,
         "n_scored": n_scored,
         "n_repeated": complete - n_scored,
         "slots": slots,
         "slot": best,
         "log_p": thirty(sidak(logs[best], len(logs))),
-        "sha256": digest(texts),
     }
+    return sealed(inputs, results, about=about)
 
 
 def sidak(log_p: mpf, k: int) -> mpf:
@@ -459,8 +456,7 @@ def generate_case(
         seed=7,
     )
     forced = {str(t): tokens[t] for t in range(length) if not marked[t]}
-    return {
-        "about": about,
+    inputs = {
         "key": key.export_text(),
         "user": None if user is None else str(user),
         "scheme": scheme.tag,
@@ -469,10 +465,9 @@ def generate_case(
         "temperature": temperature,
         "top_k": top_k,
         "forced": forced,
-        "tokens": tokens,
-        "marked": [int(mark) for mark in marked],
-        "sha256": digest([tokens]),
     }
+    results = {"tokens": tokens, "marked": [int(mark) for mark in marked]}
+    return sealed(inputs, results, about=about)
 
 
 def law_case(tag: str, weights: list[int], block: prf.Words) -> dict[str, Any]:
@@ -506,8 +501,8 @@ def law_case(tag: str, weights: list[int], block: prf.Words) -> dict[str, Any]:
             part = 2 * max(Fraction(0), above - max(below, Fraction(1, 2)))
             law.append(mpf(part.numerator) / part.denominator)
     assert np.abs(np.array([float(p) for p in law]) - reference).max() < 1e-12
-    case = {"scheme": scheme.tag, "weights": weights, "block": hexes(block)}
-    return case | {"law": [f"{Decimal(mp.nstr(p, 50)).copy_abs():.30f}" for p in law]}
+    inputs = {"scheme": scheme.tag, "weights": weights, "block": hexes(block)}
+    return sealed(inputs, {"law": [f"{Decimal(mp.nstr(p, 50)).copy_abs():.30f}" for p in law]})
 
 
 def trace_case(about: str, scheme: Scheme, users: int, texts: list[list[int]]) -> dict[str, Any]:
@@ -517,16 +512,9 @@ def trace_case(about: str, scheme: Scheme, users: int, texts: list[list[int]]) -
     for rank, (log_p, _) in enumerate(best):
         value = sidak(log_p, (users - rank) * THREE.slots)
         values.append(max(value, values[-1]) if values else value)
-    return {
-        "about": about,
-        "key": THREE.export_text(),
-        "users": users,
-        "scheme": scheme.tag,
-        "texts": texts,
-        "order": [user for _, user in best],
-        "log_ps": [thirty(value) for value in values],
-        "sha256": digest(texts),
-    }
+    inputs = {"key": THREE.export_text(), "users": users, "scheme": scheme.tag, "texts": texts}
+    results = {"order": [user for _, user in best], "log_ps": [thirty(value) for value in values]}
+    return sealed(inputs, results, about=about)
 
 
 TAGS = {
@@ -593,7 +581,7 @@ def schemes_file() -> str:
         make("greedy, repeats", ONE, None, "greenlist:context_width=1,delta=6.0", 13, 60, "0"),
     ]
     about = (
-        "SPEC.md, sections 5 and 6. detect: texts under every slot of a key: the keyed numbers of "
+        "SPEC.md, sections 4 and 5. detect: texts under every slot of a key: the keyed numbers of "
         "the scored positions, their scores (gumbel: 30 digits; gamma: in units of 2**-32; delta: "
         "in units of 2**-64), total and log p, then the best slot and its Sidak-corrected log p. "
         "trace: users by their smallest p, Holm-Sidak adjusted. laws: p(token i) = weights[i] / "

@@ -1,6 +1,6 @@
 """Write vectors/v1/stats.json: reference tail probabilities at 60 digits, with mpmath.
 
-A development tool: `python vectors/generate_stats.py` (some minutes). It shares no code with
+A development script: `python vectors/generate_stats.py` (about a minute). It shares no code with
 filigrane.stats and prefers other routes to the same number: exact integers wherever they fit, sums
 of all terms, and for the longest sums a contour integral at 60 digits on another contour, with the
 step halved until 35 digits stand. Where two routes reach the same case, they are compared.
@@ -24,7 +24,7 @@ TOURNAMENT = tuple(290 - 9 * layer for layer in range(30))
 PROVENANCE = (
     "Computed by vectors/generate_stats.py with mpmath at 60 digits and Python integers; no code "
     "shared with filigrane.stats. Binomial and gamma: all terms that count of the smaller tail, "
-    "then log1p. Irwin-Hall up to n = 1000, weighted bits up to n = 20 and near the top: "
+    "then log1p. Irwin-Hall up to n = 1000, weighted bits up to n = 16 and near the top: "
     "exact integers. Longer sums: inversion integral, trapezoid rule, step halved until 35 digits "
     "agree, compared with the exact route where both apply. Floats are exact binary fractions, "
     "written with repr; results are rounded to 30 digits."
@@ -218,6 +218,8 @@ def bits_contour(total: int, n: int, weights: Sequence[int]) -> mpf:
     if not upper:
         total = whole - total + 1
     y = mpf(2 * total - whole) / 2
+    if y >= mpf(whole) / 2 - 4 * max(weights):
+        raise SecondaryPeak("near the top the distribution is a few points")
     deviation = mp.sqrt(mpf(n * sum(w * w for w in weights)) / 4)
     tilt = 1 / deviation
     if y > 2 * deviation:
@@ -232,8 +234,6 @@ def bits_contour(total: int, n: int, weights: Sequence[int]) -> mpf:
     spread = mp.sqrt(n * sum(w * w * mp.sech(w * tilt / 2) ** 2 for w in weights) / 4)
     log_at = n * mp.fsum(mp.log(mp.cosh(w * tilt / 2)) for w in weights)
 
-    if y >= mpf(n * sum(weights)) / 2 - 4 * max(weights):
-        raise SecondaryPeak("near the top the distribution is a few points")
     # Outside the main peak the integrand must vanish, or this route does not apply.
     edge = 25 / float(spread)
     flats = [1.0 / math.cosh(min(300.0, 0.5 * w * float(tilt))) ** 2 for w in weights]
@@ -317,7 +317,7 @@ def weighted_bits_cases() -> list[dict[str, object]]:
             top = n * sum(weights)
             for total in sorted({1, top, top - 1, rng.randint(1, top), rng.randint(top // 2, top)}):
                 add(total, n, weights, bits_from_counts(total, n, weights, counts))
-    for n in (1, 2, 5, 6, 12, 20):
+    for n in (1, 2, 5, 6, 12, 16):
         counts = all_counts(n, TOURNAMENT)
         top = n * sum(TOURNAMENT)
         deviation = math.sqrt(n * sum(w * w for w in TOURNAMENT)) / 2
@@ -341,12 +341,30 @@ def weighted_bits_cases() -> list[dict[str, object]]:
                 add(total, n, TOURNAMENT, bits_contour(total, n, TOURNAMENT))
             except SecondaryPeak:
                 continue  # far out in a short sum, where the exact counts above take over
+    for n in (1_000_000, 10_000_000):
+        for z in (-1.0, 0.2, 3.0):
+            total = round(3 * n + z * math.sqrt(3.5 * n))
+            add(total, n, (3, 2, 1), bits_contour(total, n, (3, 2, 1)))
     return rows
 
 
 def correction_cases() -> dict[str, list[dict[str, object]]]:
     """Corrections and helpers: each a one-line formula at 60 digits and wide exponents."""
-    log_ps = (-1e4, -800.0, -745.0, -60.5, -36.5, -35.5, -13.8, -3.0, -0.7, -0.1, -1e-3, -1e-12)
+    log_ps = (
+        -1e4,
+        -800.0,
+        -745.0,
+        -60.5,
+        -36.5,
+        -35.5,
+        -15.5,
+        -13.8,
+        -3.0,
+        -0.7,
+        -0.1,
+        -1e-3,
+        -1e-12,
+    )
     sidak: list[dict[str, object]] = []
     bonferroni: list[dict[str, object]] = []
     for log_p in (*log_ps, -1e-300):

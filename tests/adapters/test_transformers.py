@@ -48,7 +48,7 @@ SCHEMES["greenlist"] = fg.GreenList(delta=4.0)
 @pytest.fixture(autouse=True)
 def _repeatable() -> Iterator[None]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny matrices: threads only wait for each other
+    torch.set_num_threads(1)  # small matrices, and others may use the machine
     torch.manual_seed(7)
     yield
     torch.set_num_threads(threads)
@@ -133,6 +133,10 @@ def decisions(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, ...], bool]:
     return found
 
 
+def marked_positions(text: TokenIds, decisions: dict[tuple[int, ...], bool]) -> list[int]:
+    return [t for t in range(len(text)) if decisions.get(tuple(text[:t].tolist()), False)]
+
+
 # ---------------------------------------------------------------- every cell of the table
 
 MODES: dict[str, dict[str, Any]] = {
@@ -177,9 +181,8 @@ def test_what_the_table_says_is_what_happens(
     texts = generate(llama, scheme, **MODES[mode])
     assert_marked(texts, scheme)
     for text in texts:
-        prefixes = [tuple(text[:t].tolist()) for t in range(len(text))]
-        marked = [t for t, prefix in enumerate(prefixes) if decisions.get(prefix, False)]
-        assert marked == collect(text, scheme.context_width).positions.tolist()
+        scored = collect(text, scheme.context_width).positions.tolist()
+        assert marked_positions(text, decisions) == scored
 
 
 def test_the_table_covers_every_scheme_and_mode() -> None:
@@ -206,8 +209,7 @@ def test_repeated_windows_are_neither_marked_nor_scored(
     for text in generate(llama, scheme, n=80, top_k=3):
         evidence = collect(text, 1)
         assert evidence.n_repeated > 5
-        marked = [t for t in range(80) if decisions.get(tuple(text[:t].tolist()), False)]
-        assert marked == evidence.positions.tolist()
+        assert marked_positions(text, decisions) == evidence.positions.tolist()
 
 
 @pytest.mark.parametrize("name", fg.SCHEMES)
@@ -289,7 +291,9 @@ def test_keys_that_do_not_fit_the_prompts_are_refused(keys: int, prompts: int, l
 
 
 @pytest.mark.parametrize("name", ["gumbel", "greenlist"])
-def test_the_arguments_can_be_used_again(name: str, llama: Any) -> None:
+def test_the_arguments_can_be_used_again(
+    name: str, llama: Any, decisions: dict[tuple[int, ...], bool]
+) -> None:
     scheme = SCHEMES[name]
     kwargs = generation_kwargs(scheme, MINE, rng=np.random.default_rng(0))
     ids = inputs([5, 6, 7])["input_ids"]
@@ -299,6 +303,8 @@ def test_the_arguments_can_be_used_again(name: str, llama: Any) -> None:
         (text,) = continuations(out, ids.shape[1])
         result = fg.detect(text, MINE, scheme)
         assert result.log10_pvalue < -5 and result.n_tokens == 50
+        assert marked_positions(text, decisions) == collect(text, 4).positions.tolist()
+        decisions.clear()
         ids = out
 
 
@@ -349,8 +355,8 @@ def test_encoder_decoder(
     texts = continuations(t5.generate(**given, **kwargs, max_new_tokens=50), 1)
     assert_marked(texts, scheme)
     for text in texts:
-        marked = [t for t in range(len(text)) if decisions.get(tuple(text[:t].tolist()), False)]
-        assert marked == collect(text, scheme.context_width).positions.tolist()
+        scored = collect(text, scheme.context_width).positions.tolist()
+        assert marked_positions(text, decisions) == scored
 
 
 def test_a_models_own_defaults_do_not_change_the_decoding(llama: Any) -> None:
@@ -522,9 +528,9 @@ QUESTIONS = ["Write a story about a lighthouse keeper.", "Describe a market in t
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("scheme", [fg.Gumbel(), fg.GreenList()], ids=lambda scheme: scheme.name)
-def test_a_real_model_writes_under_two_keys(scheme: Scheme, smollm2: LoadedModel) -> None:
-    torch.set_num_threads(2)
+@pytest.mark.parametrize("name", ["gumbel", "greenlist"])
+def test_a_real_model_writes_under_two_keys(name: str, smollm2: LoadedModel) -> None:
+    scheme = SCHEMES[name]
     prompts = [chat_prompt(smollm2, question).tolist() for question in QUESTIONS]
     options = {"temperature": 0.8, "top_p": 0.95}
     kwargs = generation_kwargs(scheme, [MINE, YOURS], rng=np.random.default_rng(0), **options)
@@ -536,7 +542,6 @@ def test_a_real_model_writes_under_two_keys(scheme: Scheme, smollm2: LoadedModel
 
 @pytest.mark.model
 def test_a_real_model_streams_under_two_keys(smollm2: LoadedModel) -> None:
-    torch.set_num_threads(2)
     lm, scheme = TransformersModel(smollm2), fg.Gumbel()
     written = fg.embed_batch(
         lm, [chat_prompt(smollm2, question) for question in QUESTIONS], 80, [MINE, YOURS],

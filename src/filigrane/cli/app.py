@@ -8,11 +8,12 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Final
 
 import typer
-from typer.core import TyperGroup
+import typer.main
+from typer.core import TyperCommand, TyperGroup
 
 from filigrane import __version__
 from filigrane.cli import render
@@ -23,7 +24,24 @@ COMMANDS: Final = ("keygen", "schemes", "embed", "detect", "trace", "demo", "ben
 
 
 class Commands(TyperGroup):
-    """Turns what a command raises into one line on stderr and an exit code."""
+    """Turns what a command raises into one line on stderr and an exit code.
+
+    Commands are listed with their first paragraph only. typer takes tens of milliseconds to make
+    the options of one, so only the one that is asked for gets any.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for name in COMMANDS:
+            if importlib.util.find_spec(f"filigrane.cli.{name}") is not None:
+                about = _paragraphs(_function(name)).partition("\n\n")[0]
+                self.commands[name] = TyperCommand(name, help=about)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find a command, and make its options."""
+        if args and args[0] in self.commands:
+            self.commands[args[0]] = _command(args[0])
+        return super().resolve_command(ctx, args)
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
         """Run; errors leave with 2, an interruption with 130."""
@@ -48,42 +66,61 @@ class Commands(TyperGroup):
             raise typer.Exit(130) from None
 
 
-def build() -> typer.Typer:
-    """The application with every command whose module is there."""
-    app = typer.Typer(
-        cls=Commands,
-        no_args_is_help=True,
+def _application(**settings: Any) -> typer.Typer:
+    return typer.Typer(
         add_completion=False,
         rich_markup_mode="rich",
         # Both show local variables or long tracebacks, and a frame may hold a key.
         pretty_exceptions_enable=False,
         pretty_exceptions_show_locals=False,
         context_settings={"help_option_names": ["-h", "--help"]},
+        **settings,
     )
+
+
+def build() -> typer.Typer:
+    """The application with every command whose module is there."""
+    app = _application(cls=Commands, no_args_is_help=True)
     app.callback()(filigrane)
-    for name in COMMANDS:
-        path = f"filigrane.cli.{name}"
-        if importlib.util.find_spec(path) is not None:
-            command = getattr(importlib.import_module(path), name)
-            app.command(name, help=_paragraphs(command.__doc__))(command)
     return app
 
 
-def _paragraphs(docstring: str | None) -> str:
+def _function(name: str) -> Callable[..., None]:
+    function: Callable[..., None] = getattr(importlib.import_module(f"filigrane.cli.{name}"), name)
+    return function
+
+
+def _command(name: str) -> Any:
+    function = _function(name)
+    app = _application()
+    app.command(name, help=_paragraphs(function))(function)
+    return typer.main.get_command(app)
+
+
+def _paragraphs(function: Callable[..., None]) -> str:
     """A docstring without the line breaks of its source, which would show in a narrow terminal."""
-    parts = inspect.cleandoc(docstring or "").split("\n\n")
+    parts = (inspect.getdoc(function) or "").split("\n\n")
     return "\n\n".join(" ".join(part.split()) for part in parts)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"filigrane {__version__}\n")
+        raise typer.Exit
 
 
 def filigrane(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version and exit.",
+            callback=_print_version,
+            is_eager=True,
+        ),
     ] = False,
 ) -> None:
     """Watermark what a language model writes, prove it later, trace who it came from.
 
     Every command takes --json: one machine-readable answer on stdout, everything else on stderr.
     """
-    if version:
-        sys.stdout.write(f"filigrane {__version__}\n")
-        raise typer.Exit

@@ -35,13 +35,20 @@ def bench(
     """
     from importlib import import_module
 
-    if out is not None:
-        out.touch()  # a path that cannot be written is better found out before than after
+    # A path that cannot be written is better found out before than after the minutes of a run.
+    part = None if out is None else out.with_name(f"{out.name}.part")
+    if part is not None:
+        part.touch()
     run = import_module(f"filigrane.bench.{what}").run
-    with render.progress("sizes") as report:
-        document = run(quick, report)
-    if out is not None:
-        out.write_text(json_module.dumps(document, indent=1) + "\n", encoding="utf-8")
+    try:
+        with render.progress("sizes") as report:
+            document = run(quick, report)
+        if part is not None and out is not None:
+            part.write_text(json_module.dumps(document, indent=1) + "\n", encoding="utf-8")
+            part.replace(out)
+    finally:
+        if part is not None:
+            part.unlink(missing_ok=True)
     if json:
         render.dump(document)
         return

@@ -155,10 +155,10 @@ def demo(
     jobs: list[tuple[Scheme, MarkingKey | None, int]] = []
     owners: list[int | None] = []
     for scheme in schemes:
-        for owner in (alice, bob):
+        for user in (alice, bob):
             for prompt in range(len(PROMPTS)):
-                jobs.append((scheme, root.user(owner), prompt))
-                owners.append(owner)
+                jobs.append((scheme, root.user(user), prompt))
+                owners.append(user)
     for prompt in range(len(PROMPTS)):
         jobs.append((schemes[0], None, prompt))
         owners.append(None)

@@ -66,8 +66,8 @@ def detect(
 ) -> None:
     """Test texts for a key's mark, with an exact p-value for each.
 
-    --alpha holds for each text on its own. With several texts, the column "Holm" is corrected for
-    all of them: log10 p at which the verdict would still hold for the whole batch.
+    --alpha holds for each text on its own. With several texts there is also a column "Holm": log10
+    p corrected for all texts of the run.
 
     Exit codes: 0 a mark in every text; 1 at least one text without (or too short); 2 bad usage, or
     nothing could be read; 3 some records could not be read, the others were tested; 130

@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
@@ -437,6 +437,13 @@ class _Writer:
             }
 
 
+def _progress(out: str | None) -> AbstractContextManager[render.Report]:
+    """A bar, unless the texts themselves appear in the same terminal."""
+    if out is None and sys.stdout.isatty():
+        return nullcontext(lambda done, total, what: None)
+    return render.progress("prompts")
+
+
 def _write(
     writer: _Writer,
     todo: Sequence[_Prompt],
@@ -448,7 +455,7 @@ def _write(
     written = 0
     entropy = secrets.randbits(128) if seed is None else seed
     try:
-        with render.progress("prompts") as report:
+        with _progress(out) as report:
             report(0, len(todo), "writing")
             for start in range(0, len(todo), batch_size):
                 batch = todo[start : start + batch_size]

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+_live: Console | None = None
+
 
 def stdout() -> Console:
     """For results."""
@@ -20,8 +22,8 @@ def stdout() -> Console:
 
 
 def stderr() -> Console:
-    """For notices, errors and progress."""
-    return Console(stderr=True, highlight=False, emoji=False)
+    """For notices, errors and progress; while a bar is shown, lines go above it."""
+    return _live or Console(stderr=True, highlight=False, emoji=False)
 
 
 def clean(text: str, keep: str = "") -> str:
@@ -93,23 +95,36 @@ class Report(Protocol):
 
 @contextmanager
 def progress(unit: str) -> Iterator[Report]:
-    """A progress bar on stderr that vanishes at the end; silent unless stderr is a terminal."""
+    """A progress bar on stderr that vanishes at the end; silent unless stderr is a terminal.
+
+    Nothing may be written to a terminal on stdout meanwhile: the bar does not know of it.
+    """
+    global _live
     console = stderr()
     if not console.is_terminal:
         yield lambda done, total, what: None
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, Progress, TextColumn
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)
+    name = TextColumn("{task.description}", markup=False)
+    count = TextColumn("{task.fields[count]}", markup=False)
+    _live = console
+    try:
+        with Progress(
+            *(name, BarColumn(), count),
+            console=console,
+            transient=True,
+            # rich would send what is written to stdout to stderr, where the bar is.
+            redirect_stdout=False,
+            redirect_stderr=False,
+        ) as bar:
+            task = bar.add_task("", total=None, count="")
 
-        def report(done: int, total: int | None, what: str) -> None:
-            bar.update(task, completed=done, total=total, description=shorten(what, 30))
+            def report(done: int, total: int | None, what: str) -> None:
+                seen = f"{done} {unit}" if total is None else f"{done}/{total} {unit}"
+                about = shorten(what, 30)
+                bar.update(task, completed=done, total=total, description=about, count=seen)
 
-        yield report
+            yield report
+    finally:
+        _live = None

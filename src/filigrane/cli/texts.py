@@ -154,7 +154,6 @@ class Batch:
     def __init__(self, reader: Reader, files: Sequence[str], form: Form, *, joint: bool) -> None:
         self._reader, self._files, self._form, self._joint = reader, files, form, joint
         self.problems: list[Problem] = []
-        self._others: set[str] = set()
 
     def claims(self, fingerprints: Sequence[str]) -> Iterator[tuple[str, list[Text]]]:
         """What is to be tested as one: a label and its texts. Problems are told and collected.
@@ -184,8 +183,9 @@ class Batch:
 
     def reject(self, problem: Problem) -> None:
         """Tell and remember a problem."""
-        render.warn(str(problem))
+        # Remembered first: an interruption while it is told must not lose it.
         self.problems.append(problem)
+        render.warn(str(problem))
 
 
 def tokens_of(texts: Sequence[Text]) -> TokenIds | Corpus:

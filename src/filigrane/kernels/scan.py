@@ -15,29 +15,55 @@ from filigrane.kernels.wide import use_wide_vectors
 
 GUMBEL, GREEN, TABLE, POSITION, DISTANCE = range(5)
 
-# A product of so many factors of at least 2**-32 is still a normal double.
-_FACTORS = 30
+# Rounds between two drains: a product of so many factors of at least 2**-32 is a normal double, and
+# so many scores of TABLE stay below 2**32.
+_ROUNDS = 30
+_DIGITS = 9
+
+
+@njit(forceinline=True)
+def _ones(x):
+    """Number of ones among the bits; LLVM turns it into one instruction where there is one."""
+    x = uint32(x - uint32(uint32(x >> uint32(1)) & uint32(0x55555555)))
+    x = uint32(uint32(x & uint32(0x33333333)) + uint32(uint32(x >> uint32(2)) & uint32(0x33333333)))
+    x = uint32(uint32(x + uint32(x >> uint32(4))) & uint32(0x0F0F0F0F))
+    return uint32(uint32(x * uint32(0x01010101)) >> uint32(24))
 
 
 @njit(nogil=True, cache=True)
-def _add(kind, threshold, table, numbers, coins, totals, products, lanes):
-    """Add one score per lane to totals (or multiply it into products, for GUMBEL)."""
+def _planes(table):
+    """For TABLE: bit l of number k is binary digit k of the weight of bit l.
+
+    A sum of weighted bits is then sum_k 2**k ones(number & plane_k), which needs no look-ups: those
+    cost more than all other steps of a score but the PRF. Weights are integers below 2**_DIGITS.
+    """
+    planes = np.zeros(_DIGITS, np.uint32)
+    for bit in range(32):
+        weight = int(table[256 * (bit // 8) + (1 << (bit % 8))])
+        for k in range(_DIGITS):
+            if (weight >> k) & 1:
+                planes[k] |= uint32(1) << uint32(bit)
+    return planes
+
+
+@njit(nogil=True, cache=True)
+def _add(kind, threshold, planes, numbers, coins, totals, counts, products, lanes):
+    """Add one score per lane to totals, or to counts, or multiply it into products (GUMBEL)."""
     use_wide_vectors()
     if kind == GUMBEL:
         for j in range(lanes):
             products[j] *= (np.float64(numbers[j]) + 1.0) * 2.0**-32
     elif kind == GREEN:
         for j in range(lanes):
-            totals[j] += 1.0 if numbers[j] < threshold else 0.0
+            counts[j] = uint32(counts[j] + uint32(numbers[j] < threshold))
     elif kind == TABLE:
+        p = planes
+        p = (p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8])  # a tuple stays in registers
         for j in range(lanes):
-            r = numbers[j]
-            totals[j] += (
-                table[r & uint32(0xFF)]
-                + table[uint32(256) + ((r >> uint32(8)) & uint32(0xFF))]
-                + table[uint32(512) + ((r >> uint32(16)) & uint32(0xFF))]
-                + table[uint32(768) + (r >> uint32(24))]
-            )
+            score = uint32(0)
+            for k in range(_DIGITS):
+                score = uint32(score + uint32(_ones(uint32(numbers[j] & p[k])) << uint32(k)))
+            counts[j] = uint32(counts[j] + score)
     elif kind == POSITION:
         for j in range(lanes):
             totals[j] += np.float64(numbers[j]) * 2.0**-32
@@ -48,10 +74,16 @@ def _add(kind, threshold, table, numbers, coins, totals, products, lanes):
 
 
 @njit(nogil=True, cache=True)
-def _drain(totals, products, lanes):
-    for j in range(lanes):
-        totals[j] -= math.log(products[j])
-        products[j] = 1.0
+def _drain(kind, totals, counts, products, lanes):
+    """Move counts and products into totals."""
+    if kind == GUMBEL:
+        for j in range(lanes):
+            totals[j] -= math.log(products[j])
+            products[j] = 1.0
+    else:
+        for j in range(lanes):
+            totals[j] += np.float64(counts[j])
+            counts[j] = uint32(0)
 
 
 @njit(nogil=True, cache=True)
@@ -71,14 +103,15 @@ def over_keys(keys, ids, positions, width, kind, threshold, table, out):
     numbers = np.empty(LANES, np.uint32)
     coins = words[R4:]
     totals = np.empty(LANES, np.float64)
-    products = np.empty(LANES, np.float64)
+    counts = np.zeros(LANES, np.uint32)
+    products = np.ones(LANES, np.float64)
+    planes = _planes(table)
     for start in range(0, n, LANES):
         lanes = min(LANES, n - start)
         for i in range(8):
             for j in range(lanes):
                 fixed[i * LANES + j] = keys[i, start + j]
         totals[:] = 0.0
-        products[:] = 1.0
         for number in range(positions.shape[0]):
             t = positions[number]
             tokens[:] = ids[t]
@@ -94,11 +127,10 @@ def over_keys(keys, ids, positions, width, kind, threshold, table, out):
                     key[:] = words
                     chacha_lanes(key, inputs, words, lanes)
             field_lanes(words, tokens, numbers, lanes)
-            _add(kind, threshold, table, numbers, coins, totals, products, lanes)
-            if kind == GUMBEL and number % _FACTORS == _FACTORS - 1:
-                _drain(totals, products, lanes)
-        if kind == GUMBEL:
-            _drain(totals, products, lanes)
+            _add(kind, threshold, planes, numbers, coins, totals, counts, products, lanes)
+            if number % _ROUNDS == _ROUNDS - 1:
+                _drain(kind, totals, counts, products, lanes)
+        _drain(kind, totals, counts, products, lanes)
         for j in range(lanes):
             out[start + j] = totals[j]
 
@@ -116,7 +148,9 @@ def over_positions(key_words, ids, positions, width, kind, threshold, table):
     numbers = np.empty(LANES, np.uint32)
     coins = words[R4:]
     totals = np.zeros(LANES, np.float64)
+    counts = np.zeros(LANES, np.uint32)
     products = np.ones(LANES, np.float64)
+    planes = _planes(table)
     for i in range(8):
         for j in range(LANES):
             fixed[i * LANES + j] = key_words[i]
@@ -139,11 +173,10 @@ def over_positions(key_words, ids, positions, width, kind, threshold, table):
                 key[:] = words
                 chacha_lanes(key, inputs, words, lanes)
         field_lanes(words, tokens, numbers, lanes)
-        _add(kind, threshold, table, numbers, coins, totals, products, lanes)
-        if kind == GUMBEL and turn % _FACTORS == _FACTORS - 1:
-            _drain(totals, products, LANES)
-    if kind == GUMBEL:
-        _drain(totals, products, LANES)
+        _add(kind, threshold, planes, numbers, coins, totals, counts, products, lanes)
+        if turn % _ROUNDS == _ROUNDS - 1:
+            _drain(kind, totals, counts, products, LANES)
+    _drain(kind, totals, counts, products, LANES)
     total = 0.0
     for j in range(LANES):
         total += totals[j]

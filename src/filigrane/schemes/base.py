@@ -35,6 +35,8 @@ class Statistic(NamedTuple):
 
 
 NO_TABLE = np.zeros(1024, dtype=np.float64)
+# Read-only like all tables: compiled functions are made per type, and that is part of it.
+NO_TABLE.flags.writeable = False
 
 
 class Candidates(NamedTuple):

@@ -1,6 +1,7 @@
 """Tournament sampling (SynthID-Text): Dathathri et al. 2024, Nature 634, 818-823."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Final, Literal
 
 import numpy as np
@@ -97,8 +98,14 @@ class Tournament(Scheme):
     @property
     def statistic(self) -> Statistic:
         """See `Scheme.statistic`: the weight of every value of each of the four bytes."""
-        table = np.zeros((4, 256), dtype=np.float64)
-        values = np.arange(256)
-        for layer, weight in enumerate(self.weights):
-            table[layer // 8] += weight * ((values >> (layer % 8)) & 1)
-        return Statistic(self.KIND, 0, table.reshape(-1))
+        return Statistic(self.KIND, 0, _byte_table(self.weights))
+
+
+@lru_cache(maxsize=64)
+def _byte_table(weights: tuple[int, ...]) -> npt.NDArray[np.float64]:
+    table = np.zeros((4, 256), dtype=np.float64)
+    values = np.arange(256)
+    for layer, weight in enumerate(weights):
+        table[layer // 8] += weight * ((values >> (layer % 8)) & 1)
+    table.flags.writeable = False
+    return table.reshape(-1)

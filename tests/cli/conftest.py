@@ -1,0 +1,172 @@
+"""A command line on toy texts: no weights, no torch, and a canary that listens to every run."""
+
+import json
+import re
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import filigrane as fg
+from filigrane.adapters import models
+from filigrane.cli.app import build
+from filigrane.keys import MarkingKey
+from filigrane.toy import ZipfModel
+
+VOCAB = 1000
+SCHEME = fg.Gumbel()
+Record = dict[str, Any]
+
+
+class ToyTokenizer:
+    """Writes id 17 as the word w17."""
+
+    eos_token_id = 0
+    chat_template = None
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        words = re.findall(r"\S+", text)
+        ids = [int(w[1:]) if re.fullmatch(r"w\d+", w) else len(w) for w in words]
+        return {"input_ids": ids}
+
+    def decode(self, ids: Sequence[int], **options: Any) -> str:
+        return " ".join(f"w{i}" for i in ids)
+
+
+class ToyLM(ZipfModel):
+    """What TransformersModel is to a loaded model."""
+
+    stop_ids = (0,)
+
+    def __init__(self, loaded: Any) -> None:
+        super().__init__(VOCAB, 1.5)
+
+
+@dataclass
+class World:
+    """Keys, files and the texts that the tests work on."""
+
+    folder: Path
+    key: fg.Key
+    other: fg.Key
+    secrets: list[str] = field(default_factory=list)
+
+    def write(self, name: str, rows: Sequence[Record | str]) -> str:
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        path = self.folder / name
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return str(path)
+
+    def watch(self, key: fg.Key) -> None:
+        """Every form of a key's secret: text body, hex and the derived keys of slot 0."""
+        body = key.export_text().rsplit(":", 1)[1]
+        words = key.prf_keys(SCHEME.label)[0].astype("<u4").tobytes().hex()
+        # Parts count as well: a message that cuts a key short still shows most of it.
+        self.secrets += [body[:12], body[-12:], body[20:40], words[:16]]
+
+
+def record(number: int, key: MarkingKey | None, length: int = 120) -> Record:
+    rng = np.random.default_rng(number)
+    text = fg.embed(ZipfModel(VOCAB, 1.5), [number], length, key, SCHEME, rng=rng)
+    return {"id": number, "tokens": text.tokens.tolist(), "vocab_size": VOCAB}
+
+
+@pytest.fixture(scope="session")
+def texts() -> dict[str, Record]:
+    """Tokens written once: by the root, by users 7 and 8, and by nobody."""
+    key = fg.Key.generate("acme", slots=4)
+    made = {
+        "root": record(1, key),
+        "seven": record(2, key.user(7)),
+        "eight": record(3, key.user(8)),
+    }
+    made["seven_too"] = record(4, key.user(7))
+    made["plain"] = record(5, None)
+    return made | {"key": {"text": key.export_text()}}
+
+
+@pytest.fixture
+def world(tmp_path: Path, texts: dict[str, Record], monkeypatch: pytest.MonkeyPatch) -> World:
+    for name in ("FILIGRANE_KEY", "FILIGRANE_KEY_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    here = World(
+        tmp_path, fg.Key.from_text(texts["key"]["text"]), fg.Key.generate("other", slots=4)
+    )
+    here.key.save("acme.key")
+    here.other.save("other.key")
+    here.watch(here.key)
+    here.watch(here.other)
+    here.write("seven.jsonl", [texts["seven"], texts["seven_too"]])
+    here.write("mixed.jsonl", [texts["seven"], texts["plain"], texts["eight"]])
+    here.write("root.jsonl", [texts["root"]])
+    return here
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        assert self.out.count("\n") == 1, f"one line of JSON and nothing else, got {self.out!r}"
+        return json.loads(self.out)
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(world: World) -> Run:
+    def go(
+        *arguments: str, input: str | bytes | None = None, env: Mapping[str, str] | None = None
+    ) -> Done:
+        width = {"COLUMNS": "100", "NO_COLOR": "1"}
+        result = CliRunner().invoke(
+            build(), list(arguments), input=input, env=width | dict(env or {})
+        )
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        if result.exit_code == 2 and "Usage:" not in result.stderr:
+            errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+            assert len(errors) == 1, result.stderr
+        everything = result.stdout + result.stderr
+        everything += "".join(
+            path.read_text(errors="replace") for path in world.folder.glob("*.jsonl")
+        )
+        for secret in world.secrets:
+            assert secret not in everything, "a secret has leaked"
+        return Done(result.exit_code, result.stdout, result.stderr)
+
+    return go
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replaces models and tokenizers; the list says what was loaded."""
+    asked: list[str] = []
+    tokenizer = ToyTokenizer()
+    facts = {"tokenizer_size": VOCAB, "tokenizer_sha256": "5" * 64, "tokenizer": tokenizer}
+
+    def load(name: str, *, device: str = "cpu") -> models.LoadedModel:
+        asked.append(f"model {name}")
+        return models.LoadedModel(name=name, vocab_size=VOCAB, model=None, **facts)  # type: ignore[arg-type]
+
+    def load_tokenizer(name: str) -> models.LoadedTokenizer:
+        asked.append(f"tokenizer {name}")
+        return models.LoadedTokenizer(name=name, **facts)  # type: ignore[arg-type]
+
+    module = types.ModuleType("filigrane.adapters.transformers")
+    module.TransformersModel = ToyLM  # type: ignore[attr-defined]
+    monkeypatch.setattr(models, "load", load)
+    monkeypatch.setattr(models, "load_tokenizer", load_tokenizer)
+    monkeypatch.setitem(sys.modules, "filigrane.adapters.transformers", module)
+    return asked
