@@ -180,3 +180,5 @@ def test_too_short_and_foreign_ids() -> None:
         fg.detect([1, 2, 3, 4], KEY, fg.Gumbel())
     with pytest.raises(VocabularyMismatch, match="another tokenizer"):
         fg.detect([1, 2, 3, 4, 60_000], KEY, fg.Gumbel(), vocab_size=49_152)
+    with pytest.raises(VocabularyMismatch, match="another tokenizer"):
+        fg.detect(fg.Corpus([[1, 2, 3, 4, 60_000]]), KEY, fg.Gumbel(), vocab_size=49_152)

@@ -230,3 +230,23 @@ def test_rows_stop_on_their_own() -> None:
         assert len(text.tokens) == 40 or text.tokens[-1] == 3
     assert len({len(text.tokens) for text in texts}) > 1
     assert fg.embed(lm, [1], 0, KEYS[0], fg.Gumbel(), rng=rng).tokens.size == 0
+
+
+def test_a_fixed_slot_adds_up_over_a_corpus() -> None:
+    rng = np.random.default_rng(10)
+    scheme = fg.Gumbel()
+    lm = ZipfModel(300, 1.2)
+    texts = [fg.embed(lm, [i], 50, KEYS[0], scheme, rng=rng, slot=3).tokens for i in range(6)]
+    result = fg.detect(fg.Corpus(texts), KEYS[0], scheme)
+    assert result.slot == 3
+    assert result.log10_pvalue < -60
+    with pytest.raises(SchemeError, match="has slots 0 to 3, got 4"):
+        fg.embed(lm, [1], 50, KEYS[0], scheme, rng=rng, slot=4)
+
+
+def test_logits_that_overflow_after_division() -> None:
+    sampling = fg.Sampling(temperature=1e-6)
+    sampler = fg.MarkedSampler(fg.Gumbel(), [None], sampling=sampling, rng=np.random.default_rng(1))
+    with pytest.raises(LogitsError, match="temperature"):
+        sampler.sample(np.array([[3e38, 1.0]]))
+    assert sampler.sample(np.array([[3e30, 1.0]])).tolist() == [0]

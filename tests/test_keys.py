@@ -54,9 +54,9 @@ def expand(key: bytes, info: bytes) -> bytes:
 
 
 def user_bytes(secret: bytes, label: str, slot: int, index: int) -> bytes:
-    info = b"filigrane/v1/mark" + len(label.encode()).to_bytes(2, "big") + label.encode()
-    scheme = expand(secret, info + bytes([slot]))
-    return expand(scheme, b"filigrane/v1/user" + index.to_bytes(8, "big"))
+    info = b"filigrane/v1/users" + len(label.encode()).to_bytes(2, "big") + label.encode()
+    parent = expand(secret, info + bytes([slot]))
+    return expand(parent, b"filigrane/v1/user" + index.to_bytes(8, "big"))
 
 
 def as_hex(words: np.ndarray) -> list[str]:

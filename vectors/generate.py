@@ -85,14 +85,16 @@ def key_case(
     for label in labels:
         info = b"filigrane/v1/mark" + lp(label.encode())
         scheme = [expand(secret, info + bytes([slot])) for slot in range(slots)]
+        info = b"filigrane/v1/users" + lp(label.encode())
+        parents = [expand(secret, info + bytes([slot])) for slot in range(slots)]
         users = [
             {
                 # A string: JSON readers that know only doubles would round an index of 64 bits.
                 "index": str(index),
                 "name": f"{name}/{index}",
                 "keys": [
-                    expand(key, b"filigrane/v1/user" + index.to_bytes(8, "big")).hex()
-                    for key in scheme
+                    expand(parent, b"filigrane/v1/user" + index.to_bytes(8, "big")).hex()
+                    for parent in parents
                 ],
             }
             for index in indices

@@ -74,16 +74,22 @@ def scheme_key(secret: bytes, label: str, slot: int) -> bytes:
     return expand(secret, b"filigrane/v1/mark" + lp(label.encode()) + bytes([slot]))
 
 
+def users_parent(secret: bytes, label: str, slot: int) -> bytes:
+    """What the user keys of one slot are derived from."""
+    return expand(secret, b"filigrane/v1/users" + lp(label.encode()) + bytes([slot]))
+
+
 def user_key(parent: bytes, index: int) -> bytes:
-    """The key of one user, from the scheme key of the same slot."""
+    """The key of one user, from the parent of the same slot."""
     return expand(parent, b"filigrane/v1/user" + index.to_bytes(8, "big"))
 
 
 def marking_keys(text: str, user: str | None, label: str) -> list[bytes]:
     """The keys of all slots, for a root key (user None) or one of its users."""
     secret, _, slots = parse_key(text)
-    keys = [scheme_key(secret, label, slot) for slot in range(slots)]
-    return keys if user is None else [user_key(key, int(user)) for key in keys]
+    if user is None:
+        return [scheme_key(secret, label, slot) for slot in range(slots)]
+    return [user_key(users_parent(secret, label, slot), int(user)) for slot in range(slots)]
 
 
 def derive(
@@ -93,12 +99,13 @@ def derive(
     marks = []
     for label in labels:
         scheme = [scheme_key(secret, label, slot) for slot in range(slots)]
+        parents = [users_parent(secret, label, slot) for slot in range(slots)]
         users = [
             {
                 # A string: JSON readers that know only doubles would round an index of 64 bits.
                 "index": str(index),
                 "name": f"{name}/{index}",
-                "keys": [user_key(key, index).hex() for key in scheme],
+                "keys": [user_key(parent, index).hex() for parent in parents],
             }
             for index in indices
         ]

@@ -168,7 +168,8 @@ def collect(text: npt.ArrayLike | Corpus, width: int, *, vocab_size: int | None 
     Raises TokenError and VocabularyMismatch as `as_token_ids` does, and TooShort if no text has
     more than `width` tokens.
     """
-    texts = text.texts if isinstance(text, Corpus) else (as_token_ids(text, vocab_size),)
+    parts = text.texts if isinstance(text, Corpus) else (text,)
+    texts = tuple(as_token_ids(part, vocab_size) for part in parts)
     starts = np.zeros(len(texts) + 1, dtype=np.int64)
     for number, ids in enumerate(texts):
         starts[number + 1] = starts[number] + ids.shape[0]

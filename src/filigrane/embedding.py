@@ -27,9 +27,9 @@ Logits = npt.NDArray[np.float32]
 class Sampling:
     """How a distribution is made of logits, in this order; the order and meaning of transformers.
 
-    temperature: divides the logits; 0 is greedy. top_k: keep the k largest logits (and ties), 0 is
-    off. top_p: keep the smallest set of most probable tokens whose mass reaches top_p, 1 is off.
-    Raises UnsupportedDecoding for values outside their range.
+    temperature: divides the logits, at least 1e-6; 0 is greedy. top_k: keep the k largest logits
+    (and ties), 0 is off. top_p: keep the smallest set of most probable tokens whose mass reaches
+    top_p, 1 is off. Raises UnsupportedDecoding for values outside their range.
     """
 
     temperature: float = 1.0
@@ -37,9 +37,10 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
+        if self.temperature != 0.0 and not 1e-6 <= self.temperature < float("inf"):
             raise UnsupportedDecoding(
-                f"temperature must be finite and >= 0, got {self.temperature}."
+                f"temperature must be 0 (greedy) or between 1e-6 and infinity, "
+                f"got {self.temperature}."
             )
         if self.top_k < 0:
             raise UnsupportedDecoding(f"top_k must be >= 0 (0 is off), got {self.top_k}.")
@@ -93,10 +94,11 @@ def truncate(logits: npt.NDArray[np.float32], sampling: Sampling) -> npt.NDArray
 class MarkedSampler:
     """Draws the next token of every row of a batch, marking where the rule of `contexts` says so.
 
-    keys: one per row; None leaves a row unmarked. A key with several slots uses one of them, drawn
-    here from rng. earlier: texts whose windows count as used (for example, previous answers of a
-    conversation), the same for every row; a detector must be given them too to agree.
-    Each row is independent: it draws what it would draw alone, up to the private randomness of rng.
+    keys: one per row; None leaves a row unmarked. slots: which slot of its key a row uses, one per
+    row; None, or no slots at all, draws it from rng. earlier: texts whose windows count as used
+    (for example, previous answers of a conversation), the same for every row; a detector must be
+    given them too to agree. Each row is independent: it draws what it would draw alone, up to the
+    private randomness of rng.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class MarkedSampler:
         *,
         sampling: Sampling | None = None,
         rng: np.random.Generator,
+        slots: Sequence[int | None] | None = None,
         earlier: Sequence[npt.ArrayLike] = (),
     ) -> None:
         self.scheme = scheme
@@ -118,11 +121,15 @@ class MarkedSampler:
         self._rng = rng
         self._has_key = np.array([key is not None for key in keys], dtype=np.bool_)
         self._key_words = np.zeros((len(keys), 8), dtype=np.uint32)
-        for row, key in enumerate(keys):
-            slot = None if key is None else int(rng.integers(key.slots))
-            self.slots.append(slot)
-            if key is not None:
-                self._key_words[row] = key.prf_keys(scheme.label)[slot]
+        for row, (key, slot) in enumerate(zip(keys, slots or [None] * len(keys), strict=True)):
+            if key is None:
+                self.slots.append(None)
+                continue
+            if slot is not None and not 0 <= slot < key.slots:
+                raise SchemeError(f"{key.name} has slots 0 to {key.slots - 1}, got {slot}.")
+            chosen = int(rng.integers(key.slots)) if slot is None else slot
+            self.slots.append(chosen)
+            self._key_words[row] = key.prf_keys(scheme.label)[chosen]
         self._workspace: Any = None
         self._ids = np.empty(0, dtype=np.uint32)
 
@@ -170,12 +177,16 @@ class MarkedSampler:
         noise = self._rng.integers(0, 2**32, size=(rows.shape[0], 4), dtype=np.uint32)
         tokens = np.empty(rows.shape[0], dtype=np.int64)
         for row in range(rows.shape[0]):
-            if not drawable(rows[row]):
+            token = -1
+            if drawable(rows[row]):
+                token = self._draw(rows[row], bool(marked[row]), blocks[row], noise[row])
+            if token < 0:
                 raise LogitsError(
-                    f"row {row}: logits hold NaN or +inf, or nothing above -inf; no token can be "
-                    "drawn. Check the model's dtype (float16 overflows) and your logit masks."
+                    f"row {row}: logits hold NaN or +inf (perhaps after division by the "
+                    "temperature), or nothing above -inf; no token can be drawn. Check the model's "
+                    "dtype (float16 overflows) and your logit masks."
                 )
-            tokens[row] = self._draw(rows[row], bool(marked[row]), blocks[row], noise[row])
+            tokens[row] = token
         for row, token in enumerate(tokens.tolist()):
             self.push(row, token, marked=bool(marked[row]))
         return tokens
@@ -203,7 +214,7 @@ class MarkedSampler:
             index = scheme.draw(candidates, block, noise, self._workspace)
         else:
             index = int(race(*candidates, *noise))
-        return index if kept is None else int(kept[index])
+        return index if kept is None or index < 0 else int(kept[index])
 
 
 def bias_logits(
@@ -268,8 +279,9 @@ def stream(
 ) -> Iterator[TokenIds]:
     """Generate a batch and yield (batch,) int64 tokens per step; -1 for rows that have stopped.
 
-    stop: ids that end a row (they are still yielded once). What was drawn so far stays in
-    `sampler.histories` and `sampler.marked` if the caller breaks off.
+    stop: ids that end a row (they are still yielded once). If the caller breaks off, what was drawn
+    so far is in what was yielded; `sampler.marked` says which of it is marked, up to a row's end
+    (a stopped row's place in the batch is drawn on until all have stopped).
     """
     rows = [as_token_ids(prompt) for prompt in prompts]
     if len(rows) != len(sampler.histories):
@@ -298,14 +310,15 @@ def embed_batch(
     rng: np.random.Generator,
     sampling: Sampling | None = None,
     stop: Sequence[int] = (),
+    slots: Sequence[int | None] | None = None,
     earlier: Sequence[npt.ArrayLike] = (),
 ) -> list[Generated]:
     """Write one text per prompt, each under its own key (None leaves it unmarked).
 
-    Arguments as `embed`, lists for prompt and key. Raises UnsupportedDecoding before anything is
-    generated if the mark cannot be carried.
+    Arguments as `embed`, lists for prompt, key and slot. Raises UnsupportedDecoding before anything
+    is generated if the mark cannot be carried.
     """
-    sampler = MarkedSampler(scheme, keys, sampling=sampling, rng=rng, earlier=earlier)
+    sampler = MarkedSampler(scheme, keys, sampling=sampling, rng=rng, slots=slots, earlier=earlier)
     lengths = np.zeros(len(keys), dtype=np.int64)
     drawn: list[TokenIds] = []
     for tokens in stream(lm, prompts, max_new_tokens, sampler, stop=stop):
@@ -333,14 +346,16 @@ def embed(
     rng: np.random.Generator,
     sampling: Sampling | None = None,
     stop: Sequence[int] = (),
+    slot: int | None = None,
     earlier: Sequence[npt.ArrayLike] = (),
 ) -> Generated:
     """Write one marked text.
 
     prompt: (n,) token ids; key: whose mark, or None for none; rng: all private randomness (which
     slot, unmarked positions, draws inside a marked law); sampling: temperature and truncation;
-    stop: ids that end the text; earlier: previous texts whose windows count as used. Raises
-    UnsupportedDecoding if this scheme cannot mark this decoding.
+    stop: ids that end the text; slot: fix the key's slot, for texts that will be tested together as
+    one Corpus (evidence adds up within a slot); earlier: previous texts whose windows count as
+    used. Raises UnsupportedDecoding if this scheme cannot mark this decoding.
     """
     return embed_batch(
         lm,
@@ -351,5 +366,6 @@ def embed(
         rng=rng,
         sampling=sampling,
         stop=stop,
+        slots=[slot],
         earlier=earlier,
     )[0]

@@ -5,7 +5,8 @@ mark takes turns with). Everything else is derived with RFC 5869 HKDF-Expand and
 of 32 bytes, lp(x) = u16be(len(x)) || x:
 
     scheme key, slot s   Expand(secret, "filigrane/v1/mark" || lp(label) || u8(s))
-    user key, slot s     Expand(scheme key of slot s, "filigrane/v1/user" || u64be(index))
+    users' parent        Expand(secret, "filigrane/v1/users" || lp(label) || u8(s))
+    user key, slot s     Expand(users' parent of slot s, "filigrane/v1/user" || u64be(index))
     check value          Expand(secret, "filigrane/v1/check"), 8 bytes
 
 and the text form is filigrane-key-1:<name>:<slots>:<body>, its body the base32 (RFC 4648, lower
@@ -256,10 +257,14 @@ class Key(MarkingKey):
         label: the scheme's, as f"{scheme.name}/{scheme.context_width}"; 1 to 200 bytes of UTF-8.
         Raises SchemeError for any other label. The words are secret: do not log or store them.
         """
-        return _words(self._scheme_keys(label))
+        return _words(self._slot_keys(b"filigrane/v1/mark", label))
 
-    def _scheme_keys(self, label: str) -> list[_Secret[bytes]]:
-        info = b"filigrane/v1/mark" + _lp(_label_bytes(label))
+    def _user_parents(self, label: str) -> list[_Secret[bytes]]:
+        """What users' keys of a label are derived from; it never marks anything itself."""
+        return self._slot_keys(b"filigrane/v1/users", label)
+
+    def _slot_keys(self, purpose: bytes, label: str) -> list[_Secret[bytes]]:
+        info = purpose + _lp(_label_bytes(label))
         return [_expand(self.__secret, info + bytes([s]), 32) for s in range(self.__slots)]
 
     def user(self, index: int) -> "UserKey":
@@ -344,7 +349,7 @@ class UserKey(MarkingKey):
         label: as for Key.prf_keys; raises SchemeError likewise. The words are secret.
         """
         info = b"filigrane/v1/user" + self.__index.to_bytes(8, "big")
-        return _words([_expand(key, info, 32) for key in self.__root._scheme_keys(label)])
+        return _words([_expand(key, info, 32) for key in self.__root._user_parents(label)])
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, UserKey):
@@ -409,7 +414,7 @@ class UserKeys(_Sealed):
         for positions outside 0 <= start <= stop <= len. The words are secret.
         """
         first, count = self.__span(start, stop)
-        keys = _Secret(self.__root.prf_keys(label))
+        keys = _Secret(_words(self.__root._user_parents(label)))
         out = np.empty((count, self.slots, 8), np.uint32)
         if count:
             from filigrane.kernels.hkdf import expand_users
@@ -431,7 +436,7 @@ class UserKeys(_Sealed):
                 f"slot {slot} is out of range; the key has slots 0 to {self.slots - 1}"
             )
         first, count = self.__span(start, stop)
-        keys = _Secret(self.__root.prf_keys(label))
+        keys = _Secret(_words(self.__root._user_parents(label)))
         out = np.empty((8, count), np.uint32)
         if count:
             from filigrane.kernels.hkdf import expand_users

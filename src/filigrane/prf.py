@@ -98,10 +98,11 @@ def field(seed: npt.ArrayLike, token: npt.ArrayLike) -> Words:
     hash-prospector), with 32 bits of seed entering before each round.
     """
     seed = np.asarray(seed, dtype=np.uint32)
-    h: Words = np.asarray(token).astype(np.uint32) + seed[..., 0]
-    h = (h ^ (h >> np.uint32(17))) * np.uint32(0xED5AD4BB) ^ seed[..., 1]
-    h = (h ^ (h >> np.uint32(11))) * np.uint32(0xAC4C1B51) ^ seed[..., 2]
-    h = (h ^ (h >> np.uint32(15))) * np.uint32(0x31848BAB) ^ seed[..., 3]
+    with np.errstate(over="ignore"):  # wrapping is meant; numpy warns of it for scalars only
+        h: Words = np.asarray(token).astype(np.uint32) + seed[..., 0]
+        h = (h ^ (h >> np.uint32(17))) * np.uint32(0xED5AD4BB) ^ seed[..., 1]
+        h = (h ^ (h >> np.uint32(11))) * np.uint32(0xAC4C1B51) ^ seed[..., 2]
+        h = (h ^ (h >> np.uint32(15))) * np.uint32(0x31848BAB) ^ seed[..., 3]
     return h ^ (h >> np.uint32(14))
 
 

@@ -52,7 +52,7 @@ class TraceResult:
     method: str
 
     def named(self, alpha: float) -> tuple[str, ...]:
-        """Names of all candidates significant at family-wise level alpha; empty if nobody fits.
+        """Reported candidates significant at family-wise level alpha; empty if nobody fits.
 
         With probability at least 1 - alpha over the keys, no innocent candidate is among them.
         """

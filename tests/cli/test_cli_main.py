@@ -137,6 +137,8 @@ def test_interruption_keeps_what_was_found(world: Any, texts: Any) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | {"FILIGRANE_KEY": world.key.export_text()},
+        # A job in the background inherits an ignored SIGINT, and python then leaves it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdin and process.stdout and process.stderr
     process.stdin.write(json.dumps(texts["seven"]).encode() + b"\nnot json\n")

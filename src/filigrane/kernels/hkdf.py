@@ -1,8 +1,8 @@
 """HKDF-Expand with SHA-256 for long runs of user indices: many lanes of one hash at a time.
 
-A user key is one block of RFC 5869 HKDF-Expand, that is HMAC-SHA-256(scheme key,
+A user key is one block of RFC 5869 HKDF-Expand, that is HMAC-SHA-256(parent,
 "filigrane/v1/user" || u64be(index) || 0x01). RFC 2104 lets the two key-only compressions of the
-HMAC be done once per scheme key, and the message fits one block, so each index costs exactly two
+HMAC be done once per parent, and the message fits one block, so each index costs exactly two
 SHA-256 compressions (FIPS 180-4, section 6.2.2). LANES indices go through them side by side.
 """
 
@@ -253,7 +253,7 @@ def _load_digest(x: NDArray[np.uint32]) -> None:
 def expand_users(keys: NDArray[np.uint32], start: np.uint64, out: NDArray[np.uint32]) -> None:
     """Write the user keys of indices start, start + 1, ... for every slot.
 
-    keys: (slots, 8) uint32, C order, the scheme keys as 8 little-endian words each.
+    keys: (slots, 8) uint32, C order, the users' parents as 8 little-endian words each.
     start: uint64, the first index; start + n - 1 must not pass 2**64 - 1 (it would wrap).
     out: (n, slots, 8) uint32, written in full; its shape says how many indices. Any strides do: a
     scan that wants one slot's words as rows allocates rows of (8, n), passes rows.T[:, None, :].

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,9 @@ from filigrane.schemes.base import (
     Statistic,
     check_number,
 )
+
+MAX_DELTA: Final = 1000.0
+"""More nats than any logits differ by, and far from where float32 ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +48,8 @@ class GreenList(Scheme):
         # Not super(): dataclass(slots=True) makes a new class, which zero-argument super() misses.
         Scheme.__post_init__(self)
         check_number(self.name, "gamma", self.gamma, 0.0, 1.0)
-        check_number(self.name, "delta", self.delta, 0.0, math.inf)
+        check_number(self.name, "delta", self.delta, 0.0, MAX_DELTA)
+        object.__setattr__(self, "delta", float(self.delta))  # 3 and 3.0: one scheme, one tag
         if not 0 < self.threshold < 2**32:
             raise SchemeError(f"greenlist: gamma={self.gamma} leaves no token or no red token.")
 
