@@ -29,9 +29,11 @@ help: ## list these targets
 demo: $(DEMO) ## embed, detect and trace with a real model on this machine
 	@$(BIN)/filigrane demo $(DEMO_ARGS)
 
-test: $(DEV) ## the core tests, then those that load a real model
+test: $(DEV) ## the core tests, the slow ones, then those that load a real model
 	@echo "== core tests"
-	@$(PY) -m pytest -m "not model and not gpu" $(TEST_ARGS)
+	@$(PY) -m pytest -m "not slow and not model and not gpu" $(TEST_ARGS)
+	@echo "== slow tests"
+	@$(PY) -m pytest -m "slow and not model and not gpu" $(TEST_ARGS)
 	@echo "== tests with a real model"
 	@$(PY) -m pytest -m "model and not gpu" $(TEST_ARGS)
 

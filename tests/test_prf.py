@@ -161,6 +161,7 @@ def screen(mixer, rows: int) -> float:
     return min(1.0, worst * len(scores))
 
 
+@pytest.mark.slow
 def test_the_field_shows_no_bias():
     """Over random seeds, tokens that differ little have numbers that look independent."""
     assert screen(prf.field, 1 << 14) > 1e-3

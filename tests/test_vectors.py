@@ -53,6 +53,7 @@ def titles(cases: list[dict]) -> list[str]:
 # --- the files ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_standard_library_alone_derives_every_value():
     command = [sys.executable, "-I", "-S", str(VECTORS / "verify.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
@@ -204,6 +205,7 @@ def test_fields():
         np.testing.assert_array_equal(padded[:lanes], wanted)
 
 
+@pytest.mark.slow
 def test_the_torch_twin():
     torch = pytest.importorskip("torch")
     from filigrane.adapters import torch as twin

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
+from rich.text import Text as Words
 
 from filigrane.cli import render
 from filigrane.cli.options import Json
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from filigrane.contexts import TokenIds
     from filigrane.keys import Key, MarkingKey
     from filigrane.schemes import Scheme
@@ -111,7 +114,7 @@ def examine(
     if named != expected:
         wrong.append(f"traced to {', '.join(named) or 'nobody'}")
     return Text(
-        scheme=scheme.tag if owner is not None else f"none ({scheme.name} test)",
+        scheme=scheme.tag,
         prompt=prompt,
         user=None if owner is None else root.user(owner).name,
         tokens=own.n_tokens,
@@ -129,7 +132,7 @@ def demo(
     model: Annotated[
         str, typer.Option(help="smollm2, a transformers folder, a .gguf file or a hub id.")
     ] = "smollm2",
-    tokens: Annotated[int, typer.Option(min=20, help="Tokens per text.")] = 200,
+    tokens: Annotated[int, typer.Option(min=20, help="Tokens per text.")] = 300,
     users: Annotated[int, typer.Option(min=3, help="How many users to trace among.")] = 100_000,
     json: Json = False,
 ) -> None:
@@ -196,37 +199,41 @@ def demo(
 
 
 def show(results: Sequence[Text], users: int, seconds: float) -> None:
-    """One table and one line of verdict."""
-    from rich.text import Text as Words
-
-    numbers = ("tokens", "scored", "statistic", "log10 p", "wrong key")
-    grid = render.table("scheme", "text", "user", *numbers, "traced to", "", right=numbers)
-    last = ""
-    for result in results:
-        name = result.scheme.partition(":")[0]
-        if last and name != last:
-            grid.add_row()
-        grid.add_row(
-            Words(name if name != last else "", style="bold"),
-            str(result.prompt + 1),
-            result.user or "-",
-            str(result.tokens),
-            str(result.scored),
-            f"{result.statistic:,.1f}",
-            render.log10(result.log10_p),
-            render.log10(result.log10_p_wrong_key),
-            ", ".join(result.named) or "nobody",
-            Words("; ".join(result.wrong), style="red") if result.wrong else Words("ok", "green"),
-        )
-        last = name
-    render.stdout().print(grid)
+    """Two tables and one line of verdict."""
+    order = list(dict.fromkeys(result.scheme for result in results))
+    for title, marked in (("Marked texts", True), ("Unmarked texts, tested for each mark", False)):
+        render.stdout().print(Words(title, style="bold"))
+        # The sort is stable: prompts and users stay in order within a scheme.
+        rows = [result for result in results if (result.user is not None) == marked]
+        render.stdout().print(grid(sorted(rows, key=lambda row: order.index(row.scheme))))
     false = sum(bool(result.wrong) for result in results)
     if false:
         render.fail(f"{false} of {len(results)} rows are not as claimed")
-    else:
-        render.stdout().print(
-            f"\nAll {len(results)} rows as claimed: every marked text was found with its key and "
-            f"traced to its user among {users:,}; no wrong key and no unmarked text reached "
-            f"p = {ALPHA:g}. {seconds:.0f} s.",
-            soft_wrap=True,
+        return
+    render.stdout().print(
+        f"All {len(results)} rows as claimed: every marked text was found with its key and traced "
+        f"to its user among {users:,}; no wrong key and no unmarked text reached p = {ALPHA:g}. "
+        f"{seconds:.0f} s."
+    )
+
+
+def grid(rows: Sequence[Text]) -> "Table":
+    """Scheme, text, tokens, statistic, log10 p with the right key and the worst wrong one, user."""
+    numbers = ("text", "tokens", "statistic", "log10 p", "wrong key")
+    table = render.table("scheme", *numbers, "traced to", "", right=numbers)
+    last = ""
+    for row in rows:
+        name = row.scheme.partition(":")[0]
+        verdict = Words("; ".join(row.wrong), style="red") if row.wrong else Words("ok", "green")
+        table.add_row(
+            Words("" if name == last else name, style="bold"),
+            str(row.prompt + 1),
+            str(row.tokens),
+            f"{row.statistic:,.{0 if row.statistic >= 1e4 else 1}f}",
+            render.log10(row.log10_p),
+            render.log10(row.log10_p_wrong_key),
+            ", ".join(row.named) or "nobody",
+            verdict,
         )
+        last = name
+    return table
