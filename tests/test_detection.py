@@ -41,7 +41,7 @@ def too_small(pvalues: np.ndarray, level: float) -> bool:
 @by_name
 @pytest.mark.parametrize("length", [30, 400])
 def test_pvalues_are_calibrated_over_keys(scheme: Scheme, length: int) -> None:
-    found = pvalues(scheme, zipf_text(length, length), 400, seed=length)
+    found = pvalues(scheme, zipf_text(length, length), 300, seed=length)
     level = 1e-3 / (2 * len(ALL))
     assert not too_small(found, level)
     if (
@@ -64,7 +64,7 @@ def test_repetition_is_not_evidence(scheme: Scheme) -> None:
     # Only the windows across the first seam are new.
     assert repeated.n_scored <= single.n_scored + scheme.context_width
     assert repeated.n_repeated >= 9 * single.n_scored - scheme.context_width
-    assert not too_small(pvalues(scheme, many, 400, seed=7), 1e-3 / len(ALL))
+    assert not too_small(pvalues(scheme, many, 300, seed=7), 1e-3 / len(ALL))
 
 
 @by_name

@@ -67,8 +67,8 @@ LEVEL = 1e-3 / (2 * len(UNBIASED) * len(LAWS))
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("scheme", UNBIASED, ids=lambda scheme: scheme.name)
 def test_unbiased_over_keys(scheme: Scheme, law: str) -> None:
-    assert chi_square_p(drawn_by_reference(scheme, LAWS[law], 20_000), LAWS[law]) > LEVEL
-    assert chi_square_p(drawn_compiled(scheme, LAWS[law], 20_000), LAWS[law]) > LEVEL
+    assert chi_square_p(drawn_by_reference(scheme, LAWS[law], 12_000), LAWS[law]) > LEVEL
+    assert chi_square_p(drawn_compiled(scheme, LAWS[law], 12_000), LAWS[law]) > LEVEL
 
 
 def test_the_unbiasedness_test_can_fail() -> None:

@@ -206,9 +206,12 @@ def show(results: Sequence[Text], users: int, seconds: float) -> None:
         # The sort is stable: prompts and users stay in order within a scheme.
         rows = [result for result in results if (result.user is not None) == marked]
         render.stdout().print(grid(sorted(rows, key=lambda row: order.index(row.scheme))))
-    false = sum(bool(result.wrong) for result in results)
+    false = [result for result in results if result.wrong]
+    for row in false:
+        where = f"{row.scheme.partition(':')[0]}, text {row.prompt + 1}, {row.user or 'unmarked'}"
+        render.warn(f"{where}: {'; '.join(row.wrong)}")
     if false:
-        render.fail(f"{false} of {len(results)} rows are not as claimed")
+        render.fail(f"{len(false)} of {len(results)} rows are not as claimed")
         return
     render.stdout().print(
         f"All {len(results)} rows as claimed: every marked text was found with its key and traced "
@@ -224,7 +227,7 @@ def grid(rows: Sequence[Text]) -> "Table":
     last = ""
     for row in rows:
         name = row.scheme.partition(":")[0]
-        verdict = Words("; ".join(row.wrong), style="red") if row.wrong else Words("ok", "green")
+        verdict = Words("false", style="red") if row.wrong else Words("ok", style="green")
         table.add_row(
             Words("" if name == last else name, style="bold"),
             str(row.prompt + 1),
