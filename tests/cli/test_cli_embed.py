@@ -101,6 +101,23 @@ def test_a_changed_prompt_is_written_anew(run: Any, toy: Any, world: Any) -> Non
     assert "1 of 2 prompts" in done.err and [row["id"] for row in rows("o.jsonl")] == [0, 1, 1]
 
 
+def test_batches_do_not_share_their_randomness(run: Any, toy: Any) -> None:
+    Path("p.txt").write_text("same\nsame\n")
+    run("embed", *KEY, *SHORT, "--prompts", "p.txt", "-b", "1", "--out", "o.jsonl")
+    first, second = rows("o.jsonl")
+    assert first["tokens"] != second["tokens"]
+
+
+def test_why_a_text_ended(run: Any, toy: Any, monkeypatch: Any) -> None:
+    from conftest import ToyLM
+
+    for stop, reason in ((tuple(range(1000)), "stop"), ((), "length")):
+        monkeypatch.setattr(ToyLM, "stop_ids", stop)
+        monkeypatch.setattr("conftest.ToyTokenizer.eos_token_id", None)
+        made = run("embed", *KEY, *SHORT, "--prompt", "one", "--json").json
+        assert (made["finish_reason"], len(made["tokens"])) == (reason, 1 if stop else 60)
+
+
 @pytest.mark.parametrize("cut", [1, 30, 200])
 def test_a_line_cut_short_by_a_crash(run: Any, toy: Any, cut: int) -> None:
     Path("p.txt").write_text("one\ntwo\n")
@@ -108,9 +125,10 @@ def test_a_line_cut_short_by_a_crash(run: Any, toy: Any, cut: int) -> None:
     run(*command)
     whole = Path("o.jsonl").read_bytes()
     Path("o.jsonl").write_bytes(whole[:-cut])
+    Path("p.txt").write_text("one\ntwo\nthree\n")
     done = run(*command)
     assert done.code == 0 and ("unfinished" in done.err) == (cut > 1)
-    assert len(rows("o.jsonl")) == 2 and [row["id"] for row in rows("o.jsonl")] == [0, 1]
+    assert [row["id"] for row in rows("o.jsonl")] == [0, 1, 2]
 
 
 def test_out_must_be_ours(run: Any, toy: Any) -> None:

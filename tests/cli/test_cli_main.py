@@ -69,6 +69,7 @@ def test_without_typer_or_rich(package: str) -> None:
     )
     done = python(code, "--help")
     assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and package in done.stderr
     assert "pip install 'filigrane[cli]'" in done.stderr and "Traceback" not in done.stderr
 
 

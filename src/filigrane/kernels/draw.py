@@ -297,21 +297,25 @@ def _by_id(weights, v):
 
 
 @njit(nogil=True, cache=True)
-def _chunk_maxima(keys, chunk, out):
-    for c in range(out.shape[0]):
-        top = int32(-0x80000000)
-        for i in range(c * chunk, min(keys.shape[0], (c + 1) * chunk)):
-            key = keys[i]
-            top = max(top, int32(key ^ int32(int32(key >> int32(31)) & int32(0x7FFFFFFF))))
-        out[c] = top
+def _column_maxima(keys, out):
+    """Maximum of each column when keys are read as rows of out's length (the last may be short).
+
+    Columns, because maxima of columns are vector instructions and those of rows are not.
+    """
+    for start in range(0, keys.shape[0], out.shape[0]):
+        row = keys[start : start + out.shape[0]]
+        for c in range(row.shape[0]):
+            key = int32(row[c] ^ int32(int32(row[c] >> int32(31)) & int32(0x7FFFFFFF)))
+            out[c] = max(out[c], key)
 
 
 @njit(nogil=True, cache=True)
-def _at_least(keys, chunk, maxima, threshold, out):
+def _at_least(keys, maxima, threshold, out):
+    """Indices of the keys that reach the threshold, column by column; returns their number."""
     count = 0
     for c in range(maxima.shape[0]):
         if maxima[c] >= threshold:
-            for i in range(c * chunk, min(keys.shape[0], (c + 1) * chunk)):
+            for i in range(c, keys.shape[0], maxima.shape[0]):
                 key = keys[i]
                 if int32(key ^ int32(int32(key >> int32(31)) & int32(0x7FFFFFFF))) >= threshold:
                     out[count] = i
@@ -322,18 +326,19 @@ def _at_least(keys, chunk, maxima, threshold, out):
 def top_k(logits: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.int64]:
     """Indices, ascending, of the logits no smaller than the k-th largest (ties are all kept).
 
-    Sorting keys are the float bits as signed integers. The k-th largest maximum of small chunks is
-    a lower bound of the k-th largest logit, so only chunks that reach it are looked at again.
+    Sorting keys are the float bits as signed integers. The k-th largest maximum of many small
+    groups is a lower bound of the k-th largest logit, so only groups that reach it are looked at
+    again.
     """
     n = logits.shape[0]
     if k >= n:
         return np.arange(n)
     keys = logits.view(np.int32)
-    chunk = max(1, min(64, n // (2 * k)))
-    maxima = np.empty(-(-n // chunk), np.int32)
-    _chunk_maxima(keys, chunk, maxima)
+    rows = max(1, min(64, n // (2 * k)))
+    maxima = np.full(-(-n // rows), np.iinfo(np.int32).min, np.int32)
+    _column_maxima(keys, maxima)
     threshold = np.partition(maxima, maxima.shape[0] - k)[maxima.shape[0] - k]
     found = np.empty(n, np.int64)
-    found = found[: _at_least(keys, chunk, maxima, threshold, found)]
+    found = np.sort(found[: _at_least(keys, maxima, threshold, found)])
     values = logits[found]
     return found[values >= np.partition(values, values.shape[0] - k)[values.shape[0] - k]]
