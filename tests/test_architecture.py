@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import filigrane
 
 SOURCE = Path(__file__).parent.parent / "src" / "filigrane"
@@ -112,20 +114,26 @@ def test_the_test_can_fail(tmp_path: Path) -> None:
 
 
 def test_front_door_is_pinned() -> None:
-    public = {name for name in vars(filigrane) if not name.startswith("_")}
+    public = {name for name in dir(filigrane) if not name.startswith("_")}
     submodules = {name.split(".")[0] for name, _ in modules()}
-    assert public - submodules == set(filigrane.__all__)
+    assert public - submodules - {"TYPE_CHECKING", "importlib"} == set(filigrane.__all__)
+    for name, home in filigrane._HOME.items():
+        assert getattr(filigrane, name) is getattr(sys.modules[f"filigrane.{home}"], name)
+    with pytest.raises(AttributeError, match="no attribute 'detct'"):
+        filigrane.detct  # noqa: B018
     assert set(filigrane.__all__) == FRONT_DOOR
 
 
 def test_import_is_light() -> None:
-    code = (
-        "import sys, filigrane\n"
-        "heavy = {'torch', 'transformers', 'numba', 'scipy', 'cryptography', 'typer', 'rich'}\n"
-        "print(sorted(heavy & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    heavy = {"torch", "transformers", "numba", "scipy", "cryptography", "typer", "rich"}
+    for code, forbidden in (
+        ("import filigrane", heavy | {"numpy"}),
+        ("from filigrane import *", heavy),
+    ):
+        code += "; import sys; print(*sys.modules)"
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert not forbidden & set(done.stdout.split())
 
 
 def test_no_open_keywords_and_no_print() -> None:

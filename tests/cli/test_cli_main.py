@@ -73,18 +73,6 @@ def test_without_typer_or_rich(package: str) -> None:
     assert "pip install 'filigrane[cli]'" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_command_that_is_not_there_harms_nobody(run: Any, monkeypatch: Any) -> None:
-    import importlib.util
-
-    real = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name.endswith("demo") else real(name)
-    )
-    done = run("--help")
-    assert done.code == 0 and " demo " not in done.out and " detect " in done.out
-    assert run("demo").code == 2 and run("schemes").code == 0
-
-
 def test_schemes(run: Any) -> None:
     listing = run("schemes", "--json").json["schemes"]
     assert [entry["name"] for entry in listing] == list(SCHEMES)
@@ -217,3 +205,10 @@ def test_embed_detect_trace_on_text(tmp_path: Path) -> None:
         "detect", *key, "--user", "42", "o.jsonl", "--tokenizer", "smollm2", **options
     )
     assert whole.returncode == 0, whole.stderr
+
+
+def test_the_list_of_commands_says_what_they_say() -> None:
+    from filigrane.cli import app
+
+    for name, about in app.COMMANDS.items():
+        assert app._paragraphs(app._function(name)).partition("\n\n")[0] == about

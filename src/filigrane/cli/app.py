@@ -5,7 +5,6 @@ transformers) inside, so that help is instant, and reports failure by raising Fi
 """
 
 import importlib
-import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Sequence
@@ -20,22 +19,30 @@ from filigrane.cli import render
 from filigrane.cli.secrets import refuse_secrets
 from filigrane.errors import FiligraneError
 
-COMMANDS: Final = ("keygen", "schemes", "embed", "detect", "trace", "demo", "bench")
+COMMANDS: Final = {
+    "keygen": "Make a secret key, keep it, and say its name, slots and fingerprint.",
+    "schemes": "List the schemes, their parameters and defaults, and what decoding can carry them.",
+    "embed": "Write marked text with a language model.",
+    "detect": "Test texts for a key's mark, with an exact p-value for each.",
+    "trace": "Find who, among many candidates, a text was written for, or say that it was nobody.",
+    "demo": "Mark, detect and trace texts of a real model, and check every claim.",
+    "bench": "Time a decoding step, a test or a trace beside what others do, on this machine.",
+}
+"""What the list of commands says of each, in its order. Kept here so that the list needs none of
+their modules, and with them numpy; a test holds it to their docstrings."""
 
 
 class Commands(TyperGroup):
     """Turns what a command raises into one line on stderr and an exit code.
 
-    Commands are listed with their first paragraph only. typer takes tens of milliseconds to make
-    the options of one, so only the one that is asked for gets any.
+    Importing a command and making its options takes a tenth of a second, so that is done only for
+    the one that is asked for.
     """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        for name in COMMANDS:
-            if importlib.util.find_spec(f"filigrane.cli.{name}") is not None:
-                about = _paragraphs(_function(name)).partition("\n\n")[0]
-                self.commands[name] = TyperCommand(name, help=about)
+        for name, about in COMMANDS.items():
+            self.commands[name] = TyperCommand(name, help=about)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find a command, and make its options."""
@@ -79,7 +86,7 @@ def _application(**settings: Any) -> typer.Typer:
 
 
 def build() -> typer.Typer:
-    """The application with every command whose module is there."""
+    """The application with every command."""
     app = _application(cls=Commands, no_args_is_help=True)
     app.callback()(filigrane)
     return app

@@ -40,9 +40,10 @@ def keygen(
     ] = 8,
     json: Json = False,
 ) -> None:
-    """Make a secret key and say its name, slots and fingerprint; nothing is ever overwritten.
+    """Make a secret key, keep it, and say its name, slots and fingerprint.
 
-    Whoever has the key can mark and forge. A lost key cannot be made again.
+    Nothing is ever overwritten. Whoever has the key can mark and forge; a lost key cannot be made
+    again.
 
     Exit codes: 0 made, 2 not made.
     """

@@ -3,10 +3,12 @@
 import os
 import re
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from filigrane.errors import FiligraneError, KeyFormatError, MissingDependency
-from filigrane.keys import MAX_INDEX, Key, MarkingKey
+
+if TYPE_CHECKING:
+    from filigrane.keys import Key, MarkingKey
 
 FILE_VARIABLE: Final = "FILIGRANE_KEY_FILE"
 TEXT_VARIABLE: Final = "FILIGRANE_KEY"
@@ -36,7 +38,7 @@ def refuse_secrets(arguments: Sequence[str]) -> None:
         )
 
 
-def read_key(key_file: str | None, keyring: str | None) -> Key:
+def read_key(key_file: str | None, keyring: str | None) -> "Key":
     """The key of the one source that is named; an option comes before the environment.
 
     Raises KeyFormatError if there is no source, more than one, or no key in it.
@@ -45,11 +47,13 @@ def read_key(key_file: str | None, keyring: str | None) -> Key:
     return keys[0]
 
 
-def read_keys(key_files: Sequence[str], keyring: str | None) -> list[Key]:
+def read_keys(key_files: Sequence[str], keyring: str | None) -> "list[Key]":
     """As `read_key`, for several key files. Raises KeyFormatError if two of them are one key."""
     if key_files and keyring is not None:
         raise KeyFormatError("--key-file and --keyring both name a key; use one of them.")
     if key_files:
+        from filigrane.keys import Key
+
         keys = [Key.load(path) for path in key_files]
     elif keyring is not None:
         keys = [_from_keyring(keyring)]
@@ -66,7 +70,7 @@ def read_keys(key_files: Sequence[str], keyring: str | None) -> list[Key]:
     return keys
 
 
-def _from_environment() -> Key:
+def _from_environment() -> "Key":
     given = [name for name in (FILE_VARIABLE, TEXT_VARIABLE) if os.environ.get(name)]
     if not given:
         raise KeyFormatError(
@@ -83,21 +87,25 @@ def _from_environment() -> Key:
             )
         return _load_named(FILE_VARIABLE)
     try:
+        from filigrane.keys import Key
+
         return Key.from_text(os.environ[TEXT_VARIABLE])
     except KeyFormatError as error:
         problem = str(error)
     raise KeyFormatError(f"{TEXT_VARIABLE}: {problem}")
 
 
-def _load_named(variable: str) -> Key:
+def _load_named(variable: str) -> "Key":
     try:
+        from filigrane.keys import Key
+
         return Key.load(os.environ[variable])
     except KeyFormatError as error:
         problem = str(error)
     raise KeyFormatError(f"{variable}: {problem}")
 
 
-def _from_keyring(name: str) -> Key:
+def _from_keyring(name: str) -> "Key":
     ring = _keyring()
     try:
         if ring.get_password(SERVICE, name) is None:
@@ -105,6 +113,8 @@ def _from_keyring(name: str) -> Key:
                 f"the keyring holds no key {name!r}; `filigrane keygen {name} --keyring` makes one."
             )
         else:
+            from filigrane.keys import Key
+
             return Key.from_text(ring.get_password(SERVICE, name))
     except KeyFormatError as error:
         problem = str(error)
@@ -113,7 +123,7 @@ def _from_keyring(name: str) -> Key:
     raise KeyFormatError(f"keyring {name!r}: {problem}")
 
 
-def store_in_keyring(key: Key) -> None:
+def store_in_keyring(key: "Key") -> None:
     """Put a key into the keyring under its name; raises KeyFormatError if the name is taken."""
     ring = _keyring()
     problem = None
@@ -149,10 +159,12 @@ def _keyring_trouble(error: Exception) -> str:
     )
 
 
-def for_user(root: Key, user: int | None) -> MarkingKey:
+def for_user(root: "Key", user: int | None) -> "MarkingKey":
     """The key itself, or that of one of its users; raises KeyFormatError for no index."""
     if user is None:
         return root
+    from filigrane.keys import MAX_INDEX
+
     if not 0 <= user <= MAX_INDEX:
         raise KeyFormatError("--user is out of range; users are 0 to 2**64 - 1.")
     return root.user(user)
