@@ -43,21 +43,28 @@ def interleave(
     """Time the cases in turn, over and over, so that a slow moment of the machine hits all of them.
 
     most: runs of a fast case; a slow one gets as many as fit into `budget` seconds, at least 3,
-    spread evenly over the rounds. Each case is run once more beforehand, untimed. Returns seconds.
+    spread evenly over the rounds. Each case is run once more beforehand, untimed, and a short one
+    also before each timed run: its neighbour is always the same, and what that one left in the
+    caches must not decide. Returns seconds.
     """
     runs: dict[str, int] = {}
+    short: set[str] = set()
     for name, case in cases.items():
         report(name)
         seconds = _once(case)
         if seconds < 1.0:  # the first call may have compiled or loaded something
             seconds = _once(case)
         runs[name] = max(min(3, most), min(most, int(budget / seconds)))
+        if seconds < 0.05:
+            short.add(name)
     seconds_of: dict[str, list[float]] = {name: [] for name in cases}
     rounds = max(runs.values())
     for turn in range(rounds):
         for name, case in cases.items():
             if (turn + 1) * runs[name] // rounds > turn * runs[name] // rounds:
                 report(name)
+                if name in short:
+                    _once(case)
                 seconds_of[name].append(_once(case))
     return seconds_of
 
