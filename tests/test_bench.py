@@ -66,7 +66,8 @@ def test_cases_take_turns() -> None:
     order: list[str] = []
     cases = {name: Case(lambda _, name=name: order.append(name)) for name in "ab"}
     seconds = interleave(cases, most=3, budget=1.0, report=lambda name: None)
-    assert order[-6:] == ["a", "b"] * 3  # before them, the runs that warm up
+    # Before them, the runs that warm up; in each turn, an untimed run before the timed one.
+    assert order[-12:] == ["a", "a", "b", "b"] * 3
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
 
 
