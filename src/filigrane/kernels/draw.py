@@ -18,6 +18,15 @@ _BLOCK = 256
 _LN2 = 0.6931471805599453
 
 
+@njit(forceinline=True)
+def _order(bits):
+    """The bits of a float32 as an int32 that sorts as the floats do; its own inverse.
+
+    Integer maxima vectorise; maxima of floats, which may be NaN, do not.
+    """
+    return int32(bits ^ int32(int32(bits >> int32(31)) & int32(0x7FFFFFFF)))
+
+
 class Workspace:
     """Scratch memory for a vocabulary, kept between steps (fresh pages cost more than sums)."""
 
@@ -38,7 +47,7 @@ def drawable(logits):
     for i in range(logits.shape[0]):
         key = bits[i]
         size = max(size, int32(key & int32(0x7FFFFFFF)))
-        top = max(top, int32(key ^ int32(int32(key >> int32(31)) & int32(0x7FFFFFFF))))
+        top = max(top, _order(key))
     # As such integers, -inf is -0x7F800001 and +inf 0x7F800000; NaNs are larger in size.
     return size <= int32(0x7F800000) and int32(-0x7F800001) < top < int32(0x7F800000)
 
@@ -71,7 +80,7 @@ def _race_bounds(logits, ids, start, stop, scale, s0, s1, s2, s3, numbers, bound
     for j in range(lanes):
         key = keys[j]
         size = max(size, int32(key & int32(0x7FFFFFFF)))
-        top = max(top, int32(key ^ int32(int32(key >> int32(31)) & int32(0x7FFFFFFF))))
+        top = max(top, _order(key))
     return top, size > int32(0x7F800000)
 
 
@@ -106,7 +115,7 @@ def race(logits, ids, scale, s0, s1, s2, s3):
         b = first if turn < 0 else turn
         if turn == first:
             continue
-        keys[0] = int32(tops[b] ^ int32(int32(tops[b] >> int32(31)) & int32(0x7FFFFFFF)))
+        keys[0] = _order(tops[b])
         # Bounds are float32: their rounding is far below this slack.
         limit = best - (1e-4 + 1e-6 * (abs(best) + 30.0)) if winner >= 0 else -np.inf
         if keys.view(np.float32)[0] < limit:
@@ -139,11 +148,11 @@ def _weights(logits, scale, out):
     for i in range(n):
         key = bits[i]
         size = max(size, int32(key & int32(0x7FFFFFFF)))
-        top = max(top, int32(key ^ int32(int32(key >> int32(31)) & int32(0x7FFFFFFF))))
+        top = max(top, _order(key))
     if size > int32(0x7F800000) or top >= int32(0x7F800000):
         return -1.0
     buffer = np.empty(1, np.int32)
-    buffer[0] = int32(top ^ int32(int32(top >> int32(31)) & int32(0x7FFFFFFF)))
+    buffer[0] = _order(top)
     peak = np.float64(buffer.view(np.float32)[0])
     if peak == -np.inf:
         return -1.0
@@ -305,7 +314,7 @@ def _column_maxima(keys, out):
     for start in range(0, keys.shape[0], out.shape[0]):
         row = keys[start : start + out.shape[0]]
         for c in range(row.shape[0]):
-            key = int32(row[c] ^ int32(int32(row[c] >> int32(31)) & int32(0x7FFFFFFF)))
+            key = _order(row[c])
             out[c] = max(out[c], key)
 
 
@@ -317,7 +326,7 @@ def _at_least(keys, maxima, threshold, out):
         if maxima[c] >= threshold:
             for i in range(c, keys.shape[0], maxima.shape[0]):
                 key = keys[i]
-                if int32(key ^ int32(int32(key >> int32(31)) & int32(0x7FFFFFFF))) >= threshold:
+                if _order(key) >= threshold:
                     out[count] = i
                     count += 1
     return count
