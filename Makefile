@@ -62,7 +62,7 @@ clean: ## remove caches and build products; the environment stays
 	@find src tests vectors -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean ## also remove the environment
-	@rm -rf .venv
+	@rm -rf $(VENV)
 
 # What a fresh machine may lack is said before anything is created.
 $(PY):

@@ -72,12 +72,15 @@ def test_earlier_texts_use_up_windows() -> None:
     [
         ([[1, 2], [3, 4]], TokenError, "one text"),
         ([[1, 2], [3]], TokenError, "nested"),
-        ("a text", TokenError, "shape"),
+        ("a text", TokenError, "tokenizer first"),
         (["a", "b"], TokenError, "tokenizer first"),
         ([1.0, 2.0], TokenError, "integers"),
         ([1, -1], TokenError, "padding"),
         ([1, 2**32 - 1], TokenError, "must lie in"),
         ([True, False], TokenError, "integers"),
+        (None, TokenError, "Pass the ids themselves"),
+        ({"input_ids": [1, 2]}, TokenError, "input_ids"),
+        (np.int64(3), TokenError, "one text"),
     ],
 )
 def test_bad_tokens(tokens: object, error: type[Exception], message: str) -> None:

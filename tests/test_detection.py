@@ -1,5 +1,7 @@
 import math
 import pickle
+import traceback
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from keymaker import key_of, keys_from_seed
 ALL = [scheme() for scheme in fg.SCHEMES.values()]
 by_name = pytest.mark.parametrize("scheme", ALL, ids=lambda scheme: scheme.name)
 KEY = keys_from_seed(21, 1, slots=4)[0]
+RNG = np.random.default_rng(0)
 
 
 def zipf_text(length: int, seed: int) -> np.ndarray:
@@ -182,3 +185,67 @@ def test_too_short_and_foreign_ids() -> None:
         fg.detect([1, 2, 3, 4, 60_000], KEY, fg.Gumbel(), vocab_size=49_152)
     with pytest.raises(VocabularyMismatch, match="another tokenizer"):
         fg.detect(fg.Corpus([[1, 2, 3, 4, 60_000]]), KEY, fg.Gumbel(), vocab_size=49_152)
+
+
+def test_locals_of_a_traceback_show_no_key() -> None:
+    keys = keys_from_seed(31, 2)
+    words = np.concatenate([np.asarray(key.prf_keys("gumbel/4")).ravel() for key in keys])
+    text = zipf_text(60, 1)
+
+    def stop(done: int, total: int) -> None:
+        raise RuntimeError
+
+    class Stops(fg.Gumbel):
+        def log_sf(self, total: float, n: int) -> float:
+            raise RuntimeError
+
+    calls = [
+        lambda: fg.trace(text, keys, fg.Gumbel(), progress=stop),
+        lambda: fg.trace(text, keys[0].users(9), fg.Gumbel(), progress=stop),
+        lambda: fg.detect(text, keys[0], Stops()),
+    ]
+    for call in calls:
+        try:
+            call()
+        except RuntimeError as error:
+            assert error.__traceback__ is not None
+            inner = error.__traceback__.tb_next  # without this test's own locals
+            report = traceback.TracebackException(type(error), error, inner, capture_locals=True)
+            shown = "".join(report.format())
+        assert "evidence = " in shown  # locals are there
+        assert not any(str(word) in shown for word in words.tolist())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fg.detect([1] * 9, KEY, "gumbel"), "pass a scheme object"),
+        (lambda: fg.detect([1] * 9, KEY, fg.Gumbel), "pass a scheme object"),
+        (lambda: fg.detect([1] * 9, KEY.users(3), fg.Gumbel()), "for many keys there is trace"),
+        (lambda: fg.trace([1] * 9, KEY, fg.Gumbel()), "for one key there is detect"),
+        (lambda: fg.trace([1] * 9, [KEY], fg.Gumbel(), top=0), "at least 1"),
+        (lambda: fg.Sampling(top_k=1.5), "top_k must be an integer"),
+        (lambda: fg.Sampling(temperature=None), "temperature must be a number"),
+        (lambda: fg.embed("m", [1], 9, KEY, fg.Gumbel(), rng=RNG), "wrap it"),
+        (lambda: fg.embed(ZipfModel(), "The sea", 9, KEY, fg.Gumbel(), rng=RNG), "tokenizer"),
+        (
+            lambda: fg.embed_batch(
+                ZipfModel(), [[1]] * 2, 9, [KEY] * 2, fg.Gumbel(), rng=RNG, slots=[1]
+            ),
+            "1 slots for 2 keys",
+        ),
+        (lambda: fg.from_tag("greenlist:gamma"), "write gamma=VALUE"),
+        (lambda: fg.from_tag("gumbel:,"), "no parameter"),
+        (lambda: fg.from_tag("gumbel:context_width=\u0664"), "not of type int"),
+        (lambda: fg.from_tag("greenlist:gamma=0.2_5"), "not of type float"),
+        (lambda: fg.from_tag("GUMBEL"), "Did you mean 'gumbel'"),
+    ],
+)
+def test_common_mistakes_are_answered(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(FiligraneError, match=message):
+        call()
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    assert fg.Gumbel(context_width=np.int64(3)).tag == "gumbel:context_width=3"  # type: ignore[arg-type]
+    assert fg.GreenList(gamma=np.float32(0.5)).tag.startswith("greenlist:context_width=4,gamma=0.5")

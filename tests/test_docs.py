@@ -58,3 +58,10 @@ def test_links_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
             if not target.startswith(("http:", "https:", "mailto:")):
                 assert (path.parent / target).exists(), f"{path.name} points to {target}"
+
+
+def test_nothing_was_left_to_fill_in() -> None:
+    for path in DOCUMENTS:
+        assert not re.findall(r"\b(?:TODO|TBD|FIXME|XXX)\b|\b[A-Z]+_TABLE\b", path.read_text()), (
+            path
+        )

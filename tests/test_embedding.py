@@ -1,3 +1,4 @@
+import pickle
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,13 @@ import filigrane as fg
 from filigrane import prf
 from filigrane.contexts import collect
 from filigrane.embedding import bias_logits, truncate
-from filigrane.errors import LogitsError, SchemeError, UnsupportedDecoding, VocabularyMismatch
+from filigrane.errors import (
+    LogitsError,
+    SchemeError,
+    SecretLeakError,
+    UnsupportedDecoding,
+    VocabularyMismatch,
+)
 from filigrane.schemes import Scheme
 from filigrane.toy import ZipfModel
 from keymaker import keys_from_seed
@@ -250,3 +257,18 @@ def test_logits_that_overflow_after_division() -> None:
     with pytest.raises(LogitsError, match="temperature"):
         sampler.sample(np.array([[3e38, 1.0]]))
     assert sampler.sample(np.array([[3e30, 1.0]])).tolist() == [0]
+
+
+def test_a_sampler_keeps_its_keys() -> None:
+    sampler = fg.MarkedSampler(fg.Gumbel(), [KEYS[0]], rng=np.random.default_rng(1))
+    with pytest.raises(SecretLeakError, match="holds keys"):
+        pickle.dumps(sampler)
+    assert "secret words" in repr(vars(sampler))
+
+
+def test_logits_of_other_kinds() -> None:
+    sampler = fg.MarkedSampler(fg.Gumbel(), [None], rng=np.random.default_rng(1))
+    for dtype in (np.float16, np.float64, np.int32):
+        sampler.sample(np.zeros((1, 9), dtype))
+    with pytest.raises(LogitsError, match="real numbers"):
+        sampler.sample(np.zeros((1, 9), complex))

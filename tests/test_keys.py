@@ -725,3 +725,15 @@ def test_hkdf_is_that_of_rfc_5869():
     assert keys_module._expand(keys_module._Secret(prk), info, 32).reveal().hex() == okm
     assert VERIFY.expand(prk, info).hex() == okm
     assert hashlib.sha256(b"").hexdigest().startswith("e3b0c442")
+
+
+def test_words_do_not_show_themselves() -> None:
+    key = key_of()
+    words = key.prf_keys(LABEL)
+    shown = [str(number) for number in np.asarray(words).ravel().tolist()]
+    batch = key.users(5).prf_keys(LABEL)
+    for secret in (words, words[0], batch, batch[2, 0], key.users(5).prf_key_words(LABEL, 0)):
+        for text in (repr(secret), str(secret), f"{secret}", repr([secret])):
+            assert "secret words" in text and not any(number in text for number in shown)
+        with pytest.raises(SecretLeakError):
+            pickle.dumps(secret)

@@ -36,20 +36,24 @@ def as_token_ids(tokens: npt.ArrayLike, vocab_size: int | None = None) -> TokenI
         raise TokenError("tokens must be one flat sequence of ids; got nested lists.") from error
     if ids.size == 0 and ids.ndim == 1:
         return np.empty(0, dtype=np.int64)
+    if ids.dtype.kind not in "iu":
+        hint = {
+            "U": "Encode text with its model's tokenizer first.",
+            "S": "Encode text with its model's tokenizer first.",
+            "O": "Pass the ids themselves: generated.tokens, or encoding['input_ids'].",
+        }.get(ids.dtype.kind, "")
+        raise TokenError(
+            f"token ids must be integers; got {type(tokens).__name__} of {ids.dtype}. {hint}"
+        )
     if ids.ndim != 1:
         raise TokenError(
             f"tokens must be one text, shape (n,); got shape {ids.shape}. "
             "Pass rows one by one, or a Corpus to test several texts as one claim."
         )
-    if ids.dtype.kind not in "iu":
-        hint = " Encode text with its model's tokenizer first." if ids.dtype.kind in "US" else ""
-        raise TokenError(f"token ids must be integers; got dtype {ids.dtype}.{hint}")
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high > MAX_TOKEN_ID:
-        raise TokenError(
-            f"token ids must lie in [0, {MAX_TOKEN_ID}]; got {low} to {high}. "
-            "Remove padding and placeholders (-1, -100) first."
-        )
+        hint = " Remove padding and placeholders (-1, -100) first." if low < 0 else ""
+        raise TokenError(f"token ids must lie in [0, {MAX_TOKEN_ID}]; got {low} to {high}.{hint}")
     if vocab_size is not None and high >= vocab_size:
         raise VocabularyMismatch(
             f"token id {high} is outside the vocabulary of {vocab_size}: "

@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from filigrane import stats
 from filigrane.contexts import Corpus, Evidence, collect
+from filigrane.errors import FiligraneError
 from filigrane.keys import MarkingKey
-from filigrane.schemes.base import Scheme
+from filigrane.schemes.base import Scheme, require_scheme
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +90,15 @@ def detect(
 
     tokens: (n,) ids of one text without its prompt, or a Corpus of texts to test as one claim;
     vocab_size: refuse ids at or above it. Every slot of the key is tested and paid for (Sidak:
-    slots are independent keys). Raises TooShort, TokenError or VocabularyMismatch.
+    slots are independent keys). Raises TooShort, TokenError or
+    VocabularyMismatch, and FiligraneError for what is not a key or a scheme.
     """
+    require_scheme(scheme)
+    if not isinstance(key, MarkingKey):
+        raise FiligraneError(
+            f"detect tests one key: pass a Key or key.user(i), not {type(key).__name__}; "
+            "for many keys there is trace."
+        )
     evidence = collect(tokens, scheme.context_width, vocab_size=vocab_size)
     sums = totals(evidence, key.prf_keys(scheme.label), scheme)
     logs = tuple(scheme.log_sf(total, evidence.n_scored) for total in sums)

@@ -8,16 +8,23 @@ row) and is what engines call; `stream` and `embed` are the loop for everybody e
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 import numpy.typing as npt
 
 from filigrane import prf
 from filigrane.contexts import History, TokenIds, as_token_ids
-from filigrane.errors import LogitsError, SchemeError, UnsupportedDecoding, VocabularyMismatch
-from filigrane.keys import MarkingKey
-from filigrane.schemes.base import Candidates, Scheme
+from filigrane.errors import (
+    LogitsError,
+    ModelError,
+    SchemeError,
+    SecretLeakError,
+    UnsupportedDecoding,
+    VocabularyMismatch,
+)
+from filigrane.keys import MarkingKey, SecretWords
+from filigrane.schemes.base import Candidates, Scheme, require_scheme
 
 Logits = npt.NDArray[np.float32]
 """Next-token logits, shape (batch, V)."""
@@ -37,6 +44,11 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        for name, value in (("temperature", self.temperature), ("top_p", self.top_p)):
+            if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+                raise UnsupportedDecoding(f"{name} must be a number, got {value!r}.")
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int | np.integer):
+            raise UnsupportedDecoding(f"top_k must be an integer (0 is off), got {self.top_k!r}.")
         if self.temperature != 0.0 and not 1e-6 <= self.temperature < float("inf"):
             raise UnsupportedDecoding(
                 f"temperature must be 0 (greedy) or between 1e-6 and infinity, "
@@ -111,6 +123,11 @@ class MarkedSampler:
         slots: Sequence[int | None] | None = None,
         earlier: Sequence[npt.ArrayLike] = (),
     ) -> None:
+        require_scheme(scheme)
+        if slots is not None and len(slots) != len(keys):
+            raise SchemeError(
+                f"{len(slots)} slots for {len(keys)} keys; pass one per row, or None."
+            )
         self.scheme = scheme
         self.sampling = sampling or Sampling()
         if any(key is not None for key in keys):
@@ -120,18 +137,23 @@ class MarkedSampler:
         self.slots: list[int | None] = []
         self._rng = rng
         self._has_key = np.array([key is not None for key in keys], dtype=np.bool_)
-        self._key_words = np.zeros((len(keys), 8), dtype=np.uint32)
+        self._key_words = np.zeros((len(keys), 8), dtype=np.uint32).view(SecretWords)
         for row, (key, slot) in enumerate(zip(keys, slots or [None] * len(keys), strict=True)):
             if key is None:
                 self.slots.append(None)
                 continue
-            if slot is not None and not 0 <= slot < key.slots:
+            if slot is not None and slot not in range(key.slots):
                 raise SchemeError(f"{key.name} has slots 0 to {key.slots - 1}, got {slot}.")
             chosen = int(rng.integers(key.slots)) if slot is None else slot
             self.slots.append(chosen)
             self._key_words[row] = key.prf_keys(scheme.label)[chosen]
         self._workspace: Any = None
         self._ids = np.empty(0, dtype=np.uint32)
+
+    def __reduce_ex__(self, protocol: object) -> Never:
+        raise SecretLeakError(
+            "a MarkedSampler holds keys and cannot be pickled; make it where it is used."
+        )
 
     def __repr__(self) -> str:
         return f"MarkedSampler({self.scheme.tag!r}, rows={len(self.histories)})"
@@ -148,19 +170,29 @@ class MarkedSampler:
         rows = np.flatnonzero(marked)
         if rows.size:
             windows = np.array([self.histories[row].window() for row in rows], dtype=np.uint32)
-            out[rows] = blocks(self._key_words[rows], windows)
+            out[rows] = blocks(np.asarray(self._key_words)[rows], windows)
         return marked, out
 
     def sample(self, logits: npt.ArrayLike) -> TokenIds:
         """Draw one token per row and remember it.
 
-        logits: (batch, V), raw (before temperature and truncation), any float dtype. Returns
-        (batch,) int64. Raises LogitsError for NaN, +inf or a row of -inf, and for a wrong shape;
-        nothing is remembered then.
+        logits: (batch, V), raw (before temperature and truncation), numpy floats of any width (of
+        a torch tensor: logits.float().cpu().numpy()). Returns (batch,) int64. Raises LogitsError
+        for NaN, +inf or a row of -inf, and for a wrong shape; nothing is remembered then.
         """
         from filigrane.kernels.draw import Workspace, drawable
 
-        rows = np.ascontiguousarray(logits, dtype=np.float32)
+        try:
+            array = np.asarray(logits)
+        except (TypeError, RuntimeError) as error:
+            raise LogitsError(
+                "logits must be a numpy array; of a torch tensor pass "
+                "logits.detach().float().cpu().numpy()."
+            ) from error
+        if array.dtype.kind not in "fiu":
+            raise LogitsError(f"logits must be real numbers, got {array.dtype}.")
+        with np.errstate(over="ignore"):  # what float32 cannot hold is an infinity, said below
+            rows = np.ascontiguousarray(array, dtype=np.float32)
         if rows.ndim != 2 or rows.shape[0] != len(self.histories) or rows.shape[1] == 0:
             raise LogitsError(
                 f"logits must have shape ({len(self.histories)}, vocabulary), got {rows.shape}."
@@ -283,6 +315,11 @@ def stream(
     so far is in what was yielded; `sampler.marked` says which of it is marked, up to a row's end
     (a stopped row's place in the batch is drawn on until all have stopped).
     """
+    if not isinstance(lm, LanguageModel):
+        raise ModelError(
+            f"{type(lm).__name__} is not a LanguageModel; wrap it, for example in "
+            "filigrane.adapters.transformers.TransformersModel(model)."
+        )
     rows = [as_token_ids(prompt) for prompt in prompts]
     if len(rows) != len(sampler.histories):
         raise LogitsError(f"{len(rows)} prompts for {len(sampler.histories)} keys; pass one each.")

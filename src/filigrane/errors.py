@@ -13,7 +13,9 @@
     ├── ModelError             a model or tokenizer cannot be loaded
     └── MissingDependency      an optional package is needed for this call
 
-Catch FiligraneError for all of them; each also derives from the built-in error it refines.
+Catch FiligraneError for all of them; each also derives from the built-in error it refines. An
+index or a number outside its range (key.user(-1)) raises Python's own ValueError, TypeError or
+IndexError.
 """
 
 

@@ -108,6 +108,26 @@ class _Sealed:
         self.__reduce_ex__(2)
 
 
+class SecretWords(np.ndarray[Any, np.dtype[np.uint32]]):
+    """Words of keys: an ordinary uint32 array that does not show itself and cannot be pickled.
+
+    Code between the key and the kernels holds it in locals, which some tracebacks print.
+    """
+
+    def __repr__(self) -> str:
+        return f"<secret words, shape {self.shape}>"
+
+    __str__ = __repr__
+
+    def __format__(self, spec: str) -> str:
+        return repr(self)
+
+    def __reduce_ex__(self, protocol: object) -> Never:
+        raise SecretLeakError(
+            "words of a key cannot be pickled; hand over the key's text (key.export_text())."
+        )
+
+
 class MarkingKey(_Sealed, ABC):
     """A key that can mark text or test for a mark: a root Key, or one user's UserKey."""
 
@@ -419,8 +439,8 @@ class UserKeys(_Sealed):
         if count:
             from filigrane.kernels.hkdf import expand_users
 
-            expand_users(keys.reveal(), first, out)
-        return out
+            expand_users(np.asarray(keys.reveal()), first, out)
+        return out.view(SecretWords)
 
     def prf_key_words(
         self, label: str, slot: int, start: int = 0, stop: int | None = None
@@ -441,8 +461,8 @@ class UserKeys(_Sealed):
         if count:
             from filigrane.kernels.hkdf import expand_users
 
-            expand_users(keys.reveal()[slot : slot + 1], first, out.T[:, None, :])
-        return out
+            expand_users(np.asarray(keys.reveal())[slot : slot + 1], first, out.T[:, None, :])
+        return out.view(SecretWords)
 
     def __span(self, start: int, stop: int | None) -> tuple[np.uint64, int]:
         indices = self.__indices
@@ -526,7 +546,8 @@ def _expand(key: _Secret[bytes], info: bytes, length: int) -> _Secret[bytes]:
 
 def _words(keys: list[_Secret[bytes]]) -> NDArray[np.uint32]:
     raw = _Secret(b"".join(key.reveal() for key in keys))
-    return np.frombuffer(raw.reveal(), "<u4").astype(np.uint32).reshape(len(keys), 8)
+    words = np.frombuffer(raw.reveal(), "<u4").astype(np.uint32).reshape(len(keys), 8)
+    return words.view(SecretWords)
 
 
 def _checksum(name: str, slots: int, secret: _Secret[bytes]) -> bytes:

@@ -16,8 +16,8 @@ from filigrane import stats
 from filigrane.contexts import Corpus, Evidence, collect
 from filigrane.detection import totals
 from filigrane.errors import FiligraneError
-from filigrane.keys import MarkingKey, UserKeys
-from filigrane.schemes.base import Scheme
+from filigrane.keys import MarkingKey, SecretWords, UserKeys
+from filigrane.schemes.base import Scheme, require_scheme
 
 _CHUNK = 1 << 14
 """Candidates per piece of work: small enough to show progress and to stay in a cache."""
@@ -127,6 +127,14 @@ def trace(
     slot that was tried. Raises TooShort, TokenError, VocabularyMismatch; FiligraneError for an
     empty list or mixed slots.
     """
+    require_scheme(scheme)
+    if isinstance(keys, MarkingKey):
+        raise FiligraneError(
+            f"trace looks among many keys: pass {keys.name}.users(n) or a list of keys; "
+            "for one key there is detect."
+        )
+    if top < 1 or (workers is not None and workers < 1):
+        raise FiligraneError(f"top and workers must be at least 1, got {top} and {workers}.")
     evidence = collect(tokens, scheme.context_width, vocab_size=vocab_size)
     n = len(keys)
     if n == 0:
@@ -141,12 +149,14 @@ def trace(
     else:
         if any(key.slots != keys[0].slots for key in keys):
             # Unequal slots would give unequal prices; Sidak over all tests wants one number.
-            raise FiligraneError("all keys of one trace must have the same number of slots.")
+            raise FiligraneError(
+                "all keys of one trace must have the same number of slots; trace them in groups."
+            )
         slots = keys[0].slots
-        table = np.stack([key.prf_keys(label) for key in keys])
+        table = np.stack([key.prf_keys(label) for key in keys]).view(SecretWords)
 
         def words(slot: int, start: int, stop: int) -> npt.NDArray[np.uint32]:
-            return np.ascontiguousarray(table[start:stop, slot].T)
+            return np.ascontiguousarray(table[start:stop, slot].T).view(SecretWords)
 
     threads = workers or os.cpu_count() or 1
     sums = _scan(evidence, words, n, slots, scheme, threads, progress)

@@ -135,6 +135,7 @@ def run(world: World) -> Run:
         )
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
+        assert result.exit_code != 70, result.stderr
         if result.exit_code == 2 and "Usage:" not in result.stderr:
             errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
             assert len(errors) == 1, result.stderr

@@ -226,3 +226,27 @@ def test_a_line_that_is_too_long(run: Any, world: Any, texts: Any, monkeypatch: 
     done = run("detect", *SEVEN, path, "--json")
     assert [e["line"] for e in done.json["errors"]] == [2]
     assert [r["line"] for r in done.json["results"]] == [1, 3]
+
+
+def test_a_forgotten_user_is_noticed(run: Any, world: Any, texts: Any) -> None:
+    row = texts["seven"] | {"key": "acme/17", "key_fingerprint": world.key.fingerprint}
+    path = world.write("k.jsonl", [row, row, texts["seven"] | {"key": "acme"}])
+    assert (
+        "2 of the records say that they were written for acme/17; "
+        "this run tests acme (add --user 17)"
+    ) in run("detect", *KEY, path).err
+    strange = [row | {"key": key} for key in (world.key.export_text(), 7, None, "x y")]
+    assert run("detect", *KEY, world.write("odd.jsonl", [texts["seven"]])).err == ""
+    (world.folder / "odd.txt").write_text("".join(json.dumps(r) + "\n" for r in strange))
+    assert run("detect", *KEY, "odd.txt", "--format", "jsonl").err == ""
+
+
+def test_json_has_every_slot(run: Any, world: Any, texts: Any) -> None:
+    (result,) = run("detect", *KEY, "root.jsonl", "--json").json["results"]
+    expected = fg.detect(texts["root"]["tokens"], world.key, fg.Gumbel()).slot_log_pvalues
+    assert [p * 2.302585093 for p in result["slot_log10_pvalues"]] == pytest.approx(expected)
+
+
+def test_a_truncated_line_says_where_it_ends(run: Any, world: Any) -> None:
+    path = world.write("cut.jsonl", ['{"tokens": [1, 2'])
+    assert "column 17" in run("detect", *KEY, path).err

@@ -199,6 +199,7 @@ def test_refusals_come_before_the_model(run: Any, toy: Any) -> None:
         ("--prompt", "one", "--prompts", "p.txt"),
         ("--prompts", "missing.txt"),
         ("--prompt", "one", "--out", "-"),
+        ("--prompt", "one", "--out", "no/such/folder.jsonl"),
         ("--prompt", "one", "--user", str(2**64)),
         ("--prompt", "one", "--scheme", "gumble"),
     ):
@@ -222,3 +223,31 @@ def test_generated_text_cannot_drive_the_terminal(run: Any, toy: Any, monkeypatc
     monkeypatch.setattr(ToyTokenizer, "decode", lambda self, ids, **o: "\x1b[2J\n" * len(ids))
     assert "\x1b" not in run("embed", *KEY, *SHORT, "--prompt", "one").out
     assert "\x1b" not in run("embed", *KEY, *SHORT, input="one\ntwo\n").out
+
+
+def test_binary_prompts_are_refused_whole(run: Any, toy: Any) -> None:
+    for data in (b"fine\nthen \0 not\n", b"fine\n\xff\n", b"GGUF\n" + bytes(range(256))):
+        Path("bin.dat").write_bytes(data)
+        done = run("embed", *KEY, "--prompts", "bin.dat")
+        assert done.code == 2 and done.err.count("not UTF-8 text") == 1 and toy == []
+    Path("cut.txt").write_text("x" + "é" * 3000, encoding="utf-8")  # 4096 is inside a character
+    assert run("embed", *KEY, *SHORT, "--prompts", "cut.txt").code == 0
+
+
+def test_blank_lines_between_prompts_are_nothing(run: Any, toy: Any) -> None:
+    Path("p.txt").write_text("\none\n\n\ntwo\n\n")
+    done = run("embed", *KEY, *SHORT, "--prompts", "p.txt", "--out", "o.jsonl")
+    assert done.code == 0 and "empty line" not in done.err and "2 records written" in done.err
+    assert [row["id"] for row in rows("o.jsonl")] == [0, 1]
+
+
+def test_a_file_of_one_prompt_is_records(run: Any, toy: Any) -> None:
+    assert run("embed", *KEY, *SHORT, input="one\n").out.startswith("--- 0\nw")
+
+
+def test_a_text_without_a_mark_is_noticed(run: Any, toy: Any) -> None:
+    short = ("--prompt", "one", "-n", "1", "--raw")
+    for out in ((), ("--out", "o.jsonl"), ("--json",)):
+        done = run("embed", *KEY, *short, *out)
+        assert done.code == 0 and "this text carries no mark at all" in done.err
+    assert "1 record written" in run("embed", *KEY, *short, "--out", "p.jsonl").err

@@ -176,3 +176,9 @@ def test_every_command_keeps_quiet(run: Any, toy: Any) -> None:
         assert run("embed", *model, *key, "--prompt", "hi", "--out", "o.jsonl", *flag).code == 0
         assert run("detect", *key, "mixed.jsonl", *flag).code == 1
         assert run("trace", *key, "--users", "20", "mixed.jsonl", *flag).code == 1
+
+
+def test_a_missing_key_file_is_made_with_keygen(run: Any) -> None:
+    done = run(*DETECT, "--key-file", "missing.key")
+    assert done.code == 2 and "`filigrane keygen NAME --out FILE`" in done.err
+    assert "Key.generate" not in done.err

@@ -112,7 +112,7 @@ def test_a_crash_shows_no_secret(world: Any) -> None:
     )
     command = ("detect", "--scheme", "gumbel", "--json", "root.jsonl")
     done = python(code, *command, env=os.environ | {"FILIGRANE_KEY": world.key.export_text()})
-    assert done.returncode == 1 and "RuntimeError: a bug" in done.stderr
+    assert done.returncode == 70 and "RuntimeError: a bug" in done.stderr
     for secret in world.secrets:
         assert secret not in done.stdout + done.stderr
 
@@ -167,9 +167,40 @@ def test_a_progress_bar_does_not_swallow_results() -> None:
 
 def test_output_that_nobody_reads(world: Any) -> None:
     key = "--scheme gumbel --key-file acme.key --user 7"
-    shell = f"{PYTHON} -m filigrane detect {key} mixed.jsonl | true"
-    done = subprocess.run(shell, shell=True, capture_output=True, text=True, timeout=300)
-    assert "Traceback" not in done.stderr
+    for flag in ("", "--json"):
+        shell = (
+            f"{PYTHON} -m filigrane detect {key} {flag} mixed.jsonl | true; echo ${{PIPESTATUS[0]}}"
+        )
+        done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=300)
+        assert done.stdout == "141\n" and done.stderr == ""
+
+
+def test_a_stream_that_nobody_reads(world: Any) -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1))\n"
+        "import pytest, conftest\n"
+        "patch = pytest.MonkeyPatch()\n"
+        "conftest.toy.__wrapped__(patch)\n"
+        "from filigrane.cli.main import main; main()"
+    )
+    embed = ("embed", "-m", "toy", "-s", "gumbel", "-k", "acme.key", "-p", "one")
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [PYTHON, "-c", code, str(Path(__file__).parent), *embed]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=300)
+    os.close(writing)
+    assert done.returncode == 141 and done.stderr == b""
+
+
+@pytest.mark.parametrize("error", [MemoryError, OverflowError])
+def test_too_much_at_once(run: Any, monkeypatch: Any, error: type[Exception]) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("filigrane.tracing.trace", fail)
+    key = ("--scheme", "gumbel", "--key-file", "acme.key")
+    done = run("trace", *key, "--users", "9", "root.jsonl")
+    assert done.code == 2 and done.out == "" and "--users A:B" in done.err
 
 
 @pytest.mark.model

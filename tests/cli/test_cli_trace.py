@@ -78,7 +78,9 @@ def test_too_short_and_unreadable(run: Any, world: Any, texts: Any) -> None:
     assert run("trace", *KEY, "--users", "9", "missing").code == 2
 
 
-@pytest.mark.parametrize("users", ["0", "-1", "5:5", "9:3", "a", "1:2:3", ":", "1e3", "", "9" * 99])
+@pytest.mark.parametrize(
+    "users", ["0", "-1", "5:5", "9:3", "a", "1:2:3", ":", "1e3", "", "9" * 99, str(2**64)]
+)
 def test_users_that_make_no_sense(run: Any, users: str) -> None:
     done = run("trace", *KEY, f"--users={users}", "root.jsonl")
     assert done.code == 2 and "--users" in done.err
@@ -106,3 +108,9 @@ def test_everybody_who_is_named_is_shown(run: Any, monkeypatch: Any) -> None:
     assert done.out.count(" named") == 10 and "there may be more" in done.err
     monkeypatch.setattr(fg.TraceResult, "named", named)
     assert run("trace", *KEY, "--users", "50", "root.jsonl").out.count("acme/") == 3
+
+
+def test_forgotten_users_are_noticed(run: Any, world: Any, texts: Any) -> None:
+    path = world.write("k.jsonl", [texts["seven"] | {"key": "acme/7"}])
+    assert "this run tests acme (add --users N)" in run("trace", *KEY, path).err
+    assert "this run" not in run("trace", *KEY, "--users", "9", path).err

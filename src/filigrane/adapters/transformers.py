@@ -32,6 +32,7 @@ from filigrane.errors import (
     SecretLeakError,
     TokenError,
     UnsupportedDecoding,
+    VocabularyMismatch,
 )
 from filigrane.keys import MarkingKey
 from filigrane.schemes import SCHEMES
@@ -420,11 +421,18 @@ class TransformersModel(LanguageModel):
         return (ids,) if isinstance(ids, int) else tuple(ids)
 
     def prefill(self, prompts: Sequence[TokenIds]) -> tuple[Logits, _State]:
-        """See `LanguageModel.prefill`. Raises TokenError for an empty prompt."""
+        """See `LanguageModel.prefill`. Raises TokenError for an empty prompt or unknown ids."""
         lengths = [prompt.shape[0] for prompt in prompts]
         if 0 in lengths:
             raise TokenError(
                 f"prompt {lengths.index(0)} is empty; begin with the model's start token (BOS)."
+            )
+        known = self.model.get_input_embeddings().weight.shape[0]
+        highest = max(int(prompt.max()) for prompt in prompts)
+        if highest >= known:
+            raise VocabularyMismatch(
+                f"prompt holds token id {highest}, but the model knows {known} ids: "
+                "was it encoded by another model's tokenizer?"
             )
         ids = torch.zeros((len(prompts), max(lengths)), dtype=torch.int64)
         mask = torch.zeros_like(ids)

@@ -6,7 +6,9 @@ transformers) inside, so that help is instant, and reports failure by raising Fi
 
 import importlib
 import inspect
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Final
 
@@ -31,6 +33,9 @@ COMMANDS: Final = {
 """What the list of commands says of each, in its order. Kept here so that the list needs none of
 their modules, and with them numpy; a test holds it to their docstrings."""
 
+_FAULT: Final = 70  # EX_SOFTWARE of sysexits.h
+_UNREAD: Final = 141  # what a shell says of a process that SIGPIPE ended
+
 
 class Commands(TyperGroup):
     """Turns what a command raises into one line on stderr and an exit code.
@@ -51,7 +56,7 @@ class Commands(TyperGroup):
         return super().resolve_command(ctx, args)
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
-        """Run; errors leave with 2, an interruption with 130."""
+        """Run; errors leave with 2, an interruption with 130, a fault of filigrane's with 70."""
         try:
             # Before parsing: a message about a misplaced argument would repeat it.
             refuse_secrets(sys.argv[1:] if args is None else args)
@@ -62,15 +67,35 @@ class Commands(TyperGroup):
             where = f"{error.filename}: " if error.filename else ""
             what = error.strerror or str(error)
             render.fail(f"{where}{what}; check the path, its permissions and the disk")
+        except (MemoryError, OverflowError):
+            render.fail(
+                "too much at once for this machine; trace in ranges (--users A:B), or pass less "
+                "at a time"
+            )
+        except Exception:
+            # Never 1, python's own code: that one means "no mark" or "nobody".
+            traceback.print_exc()
+            sys.exit(_FAULT)
         sys.exit(2)
 
     def invoke(self, ctx: Any) -> Any:
         """Run one command; it has said what was saved when an interruption arrives here."""
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
         except KeyboardInterrupt:
             render.notice("interrupted")
             raise typer.Exit(130) from None
+        except BrokenPipeError:
+            # What is still buffered has to go somewhere, or the interpreter complains at its end.
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())
+            raise typer.Exit(_UNREAD) from None
+        except EOFError:
+            # click would leave with 1, which means something else here.
+            traceback.print_exc()
+            raise typer.Exit(_FAULT) from None
 
 
 def _application(**settings: Any) -> typer.Typer:
@@ -88,7 +113,7 @@ def _application(**settings: Any) -> typer.Typer:
 def build() -> typer.Typer:
     """The application with every command."""
     app = _application(cls=Commands, no_args_is_help=True)
-    app.callback()(filigrane)
+    app.callback(help=_paragraphs(filigrane))(filigrane)
     return app
 
 
@@ -129,5 +154,9 @@ def filigrane(
 ) -> None:
     """Watermark what a language model writes, prove it later, trace who it came from.
 
-    Every command takes --json: one machine-readable answer on stdout, everything else on stderr.
+    Every command takes --json: one JSON document on stdout (embed: one per record), everything
+    else on stderr; bad usage leaves stdout empty.
+
+    Exit codes that every command has: 2 bad usage, 70 an error of filigrane itself, 130
+    interrupted, 141 nobody reads the output any more.
     """

@@ -86,7 +86,7 @@ def detect(
     interrupted = False
     with render.progress("texts") as report:
         try:
-            for label, members in batch.claims([root.fingerprint]):
+            for label, members in batch.claims([root.fingerprint], [key.name], hint="--user {}"):
                 where = texts.as_json(label, members)
                 result = None
                 with contextlib.suppress(TooShort):
@@ -195,6 +195,7 @@ def _fields(row: _Row, after: float | None, verdict: bool | None) -> dict[str, o
         "statistic": result.statistic,
         "log10_pvalue": result.log10_pvalue + 0.0,
         "log10_pvalue_holm": None if after is None else after + 0.0,
+        "slot_log10_pvalues": [value / math.log(10) + 0.0 for value in result.slot_log_pvalues],
         "method": result.method,
         "found": bool(verdict),
         "verdict": words,

@@ -122,7 +122,7 @@ def embed(
 ) -> None:
     """Write marked text with a language model.
 
-    One prompt streams to the terminal; --out FILE collects records with tokens, text and everything
+    --prompt streams to the terminal; --out FILE collects records with tokens, text and everything
     that a detector needs, and continues where an interrupted run stopped. With --json and without
     --out, the records go to stdout, one a line. Neither holds the secret.
 
@@ -135,6 +135,8 @@ def embed(
         refuse_unmarkable(test, sampling)
     if out == "-":
         raise FiligraneError("--out takes a file; --json without --out writes records to stdout.")
+    if out is not None and not os.path.isdir(folder := os.path.dirname(out) or "."):
+        raise FiligraneError(f"{out}: there is no folder {folder}; make it first.")
     todo, problems = _prompts(prompt, prompts, form)
     facts: dict[str, object] = {
         "scheme": None if key is None else test.tag,
@@ -170,7 +172,7 @@ def embed(
         }
         made.check(facts)
         writer = _Writer(loaded, lm, test, key, sampling, max_new_tokens, raw, facts)
-        if out is None and not json and n_prompts == 1:
+        if out is None and not json and prompt is not None:
             # Fresh entropy if there is no seed.
             writer.show(todo[0], np.random.default_rng(seed))
             written = 1
@@ -188,7 +190,7 @@ def embed(
             }
         )
     elif out is not None:
-        render.notice(f"{written} records written to {out}")
+        render.notice(f"{written} {'record' if written == 1 else 'records'} written to {out}")
     if problems:
         raise typer.Exit(3)
 
@@ -404,9 +406,11 @@ class _Writer:
             sys.stdout.write("\n")
             sys.stdout.flush()
         mark = "no mark"
+        n_marked = sum(sampler.marked[0])
         if self._key is not None:
-            mark = f"{sum(sampler.marked[0])} marked, {self._scheme.tag}, key {self._key.name}"
+            mark = f"{n_marked} marked, {self._scheme.tag}, key {self._key.name}"
         render.notice(f"{len(tokens)} tokens, {mark}")
+        _warn_of_bare(int(self._key is not None and n_marked == 0), 1)
 
     def batch(
         self, prompts: Sequence[_Prompt], rng: np.random.Generator
@@ -452,7 +456,7 @@ def _write(
     sink: "_Sink",
     out: str | None,
 ) -> int:
-    written = 0
+    written = bare = 0
     entropy = secrets.randbits(128) if seed is None else seed
     try:
         with _progress(out) as report:
@@ -461,8 +465,10 @@ def _write(
                 batch = todo[start : start + batch_size]
                 # By number, so that a run that continues does not repeat what the first one drew.
                 rng = np.random.default_rng([entropy, batch[0].number])
-                sink.put(list(writer.batch(batch, rng)))
+                made = list(writer.batch(batch, rng))
+                sink.put(made)
                 written += len(batch)
+                bare += sum(row["key"] is not None and row["n_marked"] == 0 for row in made)
                 report(written, len(todo), "writing")
     except BaseException:
         if out is not None:
@@ -471,7 +477,20 @@ def _write(
                 "command continues from there"
             )
         raise
+    _warn_of_bare(bare, written)
     return written
+
+
+def _warn_of_bare(bare: int, total: int) -> None:
+    """Say it if texts that should carry a mark do not."""
+    if bare:
+        render.warn(
+            f"{bare} of {total} texts carry no mark at all: no token of theirs was marked; "
+            "allow more tokens (--max-new-tokens)"
+            if total > 1
+            else "this text carries no mark at all: no token of it was marked; allow more tokens "
+            "(--max-new-tokens)"
+        )
 
 
 class _Sink:

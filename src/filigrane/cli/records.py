@@ -4,6 +4,8 @@ A text file is one text, or for prompts one prompt a line; a JSON Lines file is 
 Messages say where something is wrong and never quote it.
 """
 
+import codecs
+import io
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +19,8 @@ MAX_BYTES: Final = 1 << 26
 
 _JSONL: Final = (".jsonl", ".ndjson")
 _BOM: Final = b"\xef\xbb\xbf"
+_HEAD: Final = 4096
+_BINARY: Final = "is not UTF-8 text (a binary file, or UTF-16)"
 _TOO_LONG: Final = f"longer than {MAX_BYTES >> 20} MiB; split it"
 
 
@@ -82,16 +86,24 @@ def read(
 def _records(
     stream: BinaryIO, name: str, form: Form, plain: str, by_line: bool
 ) -> Iterator[Record | Problem]:
+    # What has arrived already, without waiting for more than the first line needs.
+    head = stream.peek(_HEAD)[:_HEAD] if isinstance(stream, io.BufferedReader) else b""
     first = stream.readline(MAX_BYTES + 1).removeprefix(_BOM)
     if not first:
         yield Problem(Place(name), "is empty")
-    elif b"\0" in first[:4096]:
-        yield Problem(Place(name), "is not UTF-8 text (a binary file, or UTF-16)")
+    elif b"\0" in first[:_HEAD]:
+        yield Problem(Place(name), _BINARY)
     elif form == "jsonl" or (form == "auto" and _looks_like_jsonl(name, first)):
         for place, text in _lines(stream, name, first):
-            yield _object(place, text) if isinstance(text, str) else Problem(place, text.why)
+            yield (
+                _object(place, text.rstrip("\r\n"))
+                if isinstance(text, str)
+                else Problem(place, text.why)
+            )
+    elif by_line and not _is_text(head):
+        yield Problem(Place(name), _BINARY)
     elif by_line:
-        for place, text in _lines(stream, name, first):
+        for place, text in _lines(stream, name, first, skip_blank=True):
             if isinstance(text, str):
                 yield Record(place, {plain: text.rstrip("\r\n")}, from_json=False)
             else:
@@ -123,13 +135,27 @@ def _decode(data: bytes) -> str | _Unreadable:
         return _Unreadable(f"is not UTF-8 (byte {error.start + 1}); convert it first")
 
 
-def _lines(stream: BinaryIO, name: str, first: bytes) -> Iterator[tuple[Place, str | _Unreadable]]:
-    """The lines of a stream whose first one has been read; blank ones at its end do not count."""
+def _is_text(head: bytes) -> bool:
+    """Whether the beginning of a file, which may end inside a character, is that of a text."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in head
+
+
+def _lines(
+    stream: BinaryIO, name: str, first: bytes, *, skip_blank: bool = False
+) -> Iterator[tuple[Place, str | _Unreadable]]:
+    """The lines of a stream whose first one has been read; blank ones at its end do not count.
+
+    skip_blank: whether those before its end do not count either.
+    """
     line, number = first, 1
     blank: list[int] = []
     while line:
         if line.strip():
-            for missing in blank:
+            for missing in [] if skip_blank else blank:
                 yield Place(name, missing), _Unreadable("is an empty line")
             blank.clear()
             yield Place(name, number), _decode(line)

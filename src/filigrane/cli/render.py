@@ -3,27 +3,35 @@
 Consoles are made when used, because tests and callers replace the streams.
 """
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> NoReturn:
+        """Leave the exit code to the application: rich would take 1."""
+        raise BrokenPipeError
+
 
 _live: Console | None = None
 
 
 def stdout() -> Console:
     """For results."""
-    return Console(highlight=False, emoji=False)
+    return _Console(highlight=False, emoji=False)
 
 
 def stderr() -> Console:
     """For notices, errors and progress; while a bar is shown, lines go above it."""
-    return _live or Console(stderr=True, highlight=False, emoji=False)
+    return _live or _Console(stderr=True, highlight=False, emoji=False)
 
 
 def clean(text: str, keep: str = "") -> str:
@@ -33,7 +41,9 @@ def clean(text: str, keep: str = "") -> str:
 
 def _line(prefix: str, message: str, style: str) -> None:
     line = Text(f"{prefix}{clean(' '.join(message.split()))}", style=style)
-    stderr().print(line, soft_wrap=True)
+    # A remark that nobody reads ends no work, and changes no exit code.
+    with contextlib.suppress(BrokenPipeError):
+        stderr().print(line, soft_wrap=True)
 
 
 def fail(message: str) -> None:

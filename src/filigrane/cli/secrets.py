@@ -52,9 +52,7 @@ def read_keys(key_files: Sequence[str], keyring: str | None) -> "list[Key]":
     if key_files and keyring is not None:
         raise KeyFormatError("--key-file and --keyring both name a key; use one of them.")
     if key_files:
-        from filigrane.keys import Key
-
-        keys = [Key.load(path) for path in key_files]
+        keys = [_load(path) for path in key_files]
     elif keyring is not None:
         keys = [_from_keyring(keyring)]
     else:
@@ -95,11 +93,25 @@ def _from_environment() -> "Key":
     raise KeyFormatError(f"{TEXT_VARIABLE}: {problem}")
 
 
+def _load(path: str) -> "Key":
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        # Key.load would say how python makes one.
+        raise KeyFormatError(
+            f"{path}: there is no such file; check the path, or make a key with "
+            "`filigrane keygen NAME --out FILE`"
+        ) from None
+    except OSError:
+        pass  # Key.load says what it is
+    from filigrane.keys import Key
+
+    return Key.load(path)
+
+
 def _load_named(variable: str) -> "Key":
     try:
-        from filigrane.keys import Key
-
-        return Key.load(os.environ[variable])
+        return _load(os.environ[variable])
     except KeyFormatError as error:
         problem = str(error)
     raise KeyFormatError(f"{variable}: {problem}")

@@ -4,19 +4,23 @@ Ids mean nothing without their tokenizer, and a mark nothing without its scheme:
 what it was made with is held to it.
 """
 
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from filigrane.cli import records, render
 from filigrane.cli.options import Form
 from filigrane.cli.records import Place, Problem, Record
+from filigrane.cli.secrets import looks_like_key
 from filigrane.contexts import Corpus, TokenIds, as_token_ids
 from filigrane.errors import FiligraneError, SchemeError, TokenError
 from filigrane.schemes import Scheme, from_tag
+
+_KEY_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}(/[0-9]{1,20})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,7 @@ class Text:
     place: Place
     id: int | str | None
     tokens: TokenIds
+    key: str | None
     key_fingerprint: str | None
 
 
@@ -85,7 +90,7 @@ class Reader:
                 tokens = as_token_ids(self._encode(text), _smaller(size, self._vocab_size))
         except TokenError as error:
             return Problem(record.place, str(error))
-        return Text(record.place, name, tokens, fingerprint)  # type: ignore[arg-type]
+        return Text(record.place, name, tokens, _key_name(record), fingerprint)  # type: ignore[arg-type]
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._loaded.tokenizer(text, add_special_tokens=False, verbose=False)[
@@ -133,6 +138,27 @@ def _ids(value: object, vocab_size: int | None) -> TokenIds:
     return as_token_ids(value, vocab_size)
 
 
+def _key_name(record: Record) -> str | None:
+    """The name of the key that a record says it was written for, if it is one."""
+    value = record.fields.get("key")
+    # It is going to be shown: nothing but a name will do, and a key's text least of all.
+    if not isinstance(value, str) or not _KEY_NAME.fullmatch(value) or looks_like_key(value):
+        return None
+    return value
+
+
+def _forgotten(counts: Mapping[str, int], names: Sequence[str], hint: str) -> str:
+    """What to say if records were written for keys, by name, that are not tested."""
+    first = next(iter(counts))
+    others = f" and {len(counts) - 1} others" if len(counts) > 1 else ""
+    root, _, index = first.rpartition("/")
+    add = f" (add {hint.format(index)})" if [root] == list(names) and not others else ""
+    return (
+        f"{sum(counts.values())} of the records say that they were written for {first}{others}; "
+        f"this run tests {', '.join(names)}{add}"
+    )
+
+
 def _smaller(first: object, second: int | None) -> int | None:
     given = [size for size in (first, second) if isinstance(size, int)]
     return min(given, default=None)
@@ -155,19 +181,25 @@ class Batch:
         self._reader, self._files, self._form, self._joint = reader, files, form, joint
         self.problems: list[Problem] = []
 
-    def claims(self, fingerprints: Sequence[str]) -> Iterator[tuple[str, list[Text]]]:
+    def claims(
+        self, fingerprints: Sequence[str], names: Sequence[str] | None, *, hint: str
+    ) -> Iterator[tuple[str, list[Text]]]:
         """What is to be tested as one: a label and its texts. Problems are told and collected.
 
-        fingerprints: of the keys in use; a notice says if texts name others.
+        fingerprints and names: of the keys in use; a warning says if texts name others. names is
+        None if those of users are not known yet; hint: the option to add, {} for the user.
         """
         together: list[Text] = []
         others: dict[str, int] = {}
+        forgotten: dict[str, int] = {}
         for item in self._reader.read(self._files, self._form):
             if isinstance(item, Problem):
                 self.reject(item)
                 continue
             if item.key_fingerprint is not None and item.key_fingerprint not in fingerprints:
                 others[item.key_fingerprint] = others.get(item.key_fingerprint, 0) + 1
+            elif names is not None and item.key is not None and item.key not in names:
+                forgotten[item.key] = forgotten.get(item.key, 0) + 1
             if self._joint:
                 together.append(item)
             else:
@@ -180,6 +212,8 @@ class Batch:
                 f"{count} of the records say that they were written under another key "
                 f"(fingerprint {fingerprint})"
             )
+        if forgotten and names is not None:
+            render.warn(_forgotten(forgotten, names, hint))
 
     def reject(self, problem: Problem) -> None:
         """Tell and remember a problem."""

@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.text import Text as Styled
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from filigrane.tracing import TraceResult
 
 _SHOWN = 3
+_MOST: Final = 10**12  # years of work for one machine, and sizes that still fit everywhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,8 @@ def trace(
             raise FiligraneError("--users are those of one root key; pass one --key-file.")
         keys = roots[0].users(_range(users))
     fingerprints = [root.fingerprint for root in roots]
+    # With --users, which of them it was is the question.
+    names = [root.name for root in roots] if users is None else None
     reader = texts.Reader(test, tokenizer=tokenizer, vocab_size=vocab_size, retokenize=retokenize)
     from filigrane.tracing import trace as run
 
@@ -104,7 +107,7 @@ def trace(
     interrupted = False
     with render.progress("keys") as report:
         try:
-            for label, members in batch.claims(fingerprints):
+            for label, members in batch.claims(fingerprints, names, hint="--users N"):
                 where = texts.as_json(label, members)
                 result = None
 
@@ -150,6 +153,10 @@ def _range(text: str) -> range:
     if not start < stop <= MAX_INDEX + 1:
         raise FiligraneError(
             f"--users {text} has nobody in it or leaves the indices 0 to 2**64 - 1."
+        )
+    if stop - start > _MOST:
+        raise FiligraneError(
+            f"--users {text} are more than {_MOST} keys at once; trace them in ranges (A:B)."
         )
     return range(start, stop)
 

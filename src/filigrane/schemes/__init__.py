@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable
 from typing import Final
 
@@ -39,22 +40,30 @@ def from_tag(tag: str) -> Scheme:
     """
     name, _, rest = tag.strip().partition(":")
     if name not in SCHEMES:
-        close = difflib.get_close_matches(name, SCHEMES, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(name.lower(), SCHEMES, n=1, cutoff=0.5)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise SchemeError(f"unknown scheme {name!r}.{hint} Known: {', '.join(SCHEMES)}.")
     scheme = SCHEMES[name]
     parsers: dict[type, Callable[[str], int | float | str]] = {int: int, float: float, str: str}
+    # Python reads more as a number (other digits, underscores) than a stranger's reader would.
+    forms = {int: r"-?[0-9]+", float: r"-?[0-9]*\.?[0-9]*([eE][+-]?[0-9]+)?", str: r"[a-z]+"}
     types = {f.name: type(f.default) for f in dataclasses.fields(scheme)}
     values: dict[str, int | float | str] = {}
-    for item in filter(None, rest.split(",")):
+    for item in rest.split(",") if rest else []:
         parameter, equals, text = item.partition("=")
-        parameter = parameter.strip()
-        if parameter not in types or not equals:
-            raise SchemeError(f"{name} has no parameter {item!r}. It takes: {', '.join(types)}.")
+        parameter, text = parameter.strip(), text.strip()
+        if parameter not in types:
+            raise SchemeError(
+                f"{name} has no parameter {parameter!r}. It takes: {', '.join(types)}."
+            )
+        if not equals:
+            raise SchemeError(f"{name}: write {parameter}=VALUE.")
         if parameter in values:
             raise SchemeError(f"{name}: {parameter} is given twice.")
         try:
-            values[parameter] = parsers[types[parameter]](text.strip())
+            if not re.fullmatch(forms[types[parameter]], text):
+                raise ValueError
+            values[parameter] = parsers[types[parameter]](text)
         except ValueError:
             raise SchemeError(
                 f"{name}: {parameter}={text!r} is not of type {types[parameter].__name__}."

@@ -105,15 +105,25 @@ class Scheme(ABC):
         """The compiled twin of `score`, summed."""
 
 
+def require_scheme(scheme: object) -> None:
+    """Raise SchemeError unless this is a scheme object."""
+    if not isinstance(scheme, Scheme):
+        raise SchemeError(
+            f"pass a scheme object such as Gumbel() or from_tag('gumbel'), not {scheme!r}."
+        )
+
+
 def check_integer(scheme: str, name: str, value: object, low: int, high: int) -> None:
     """Raise SchemeError unless value is an integer in low..high."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or not low <= value <= high:  # type: ignore[operator]
         raise SchemeError(f"{scheme}: {name} must be an integer in {low}..{high}, got {value!r}.")
 
 
 def check_number(scheme: str, name: str, value: object, low: float, high: float) -> None:
     """Raise SchemeError unless value is a number strictly between low and high."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
+    real = isinstance(value, int | float | np.integer | np.floating) and value is not True
+    if not real or not low < value < high:  # type: ignore[operator]
         raise SchemeError(
             f"{scheme}: {name} must be a number between {low:g} and {high:g}, got {value!r}."
         )

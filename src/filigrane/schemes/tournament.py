@@ -26,9 +26,9 @@ MAX_DEPTH: Final = 32
 class Tournament(Scheme):
     """A knock-out of `depth` rounds; round l prefers tokens whose l-th keyed bit is one.
 
-    depth: rounds, 1 to 32 (each takes one bit of the token's keyed number). score: 'weighted'
-    (rounds count 10 to 1, as in SynthID-Text: early rounds see more entropy) or 'mean'. The
-    two-candidate form, which is unbiased ("non-distortionary").
+    depth: rounds, 1 to 32 (each takes one bit of the token's keyed number). scoring:
+    'weighted' (rounds count 10 to 1, as in SynthID-Text: early rounds see more entropy) or 'mean'.
+    The two-candidate form, which is unbiased ("non-distortionary").
     """
 
     name: ClassVar[str] = "tournament"
