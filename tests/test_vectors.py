@@ -196,13 +196,21 @@ def test_fields():
         out = np.empty_like(wanted)
         kernels.field_row(*seed, tokens, out)
         np.testing.assert_array_equal(out, wanted)
-        lanes = len(tokens)
-        seeds = np.zeros((8, kernels.LANES), np.uint32)
-        seeds[:4, :lanes] = seed[:, None]
-        padded = np.zeros(kernels.LANES, np.uint32)
-        padded[:lanes] = tokens
-        kernels.field_lanes(seeds.reshape(-1), padded, padded, lanes)
-        np.testing.assert_array_equal(padded[:lanes], wanted)
+
+
+def test_numbers_from_keys():
+    """What scores are made of: block and field in one, for one chunk of context."""
+    rng = np.random.default_rng(1)
+    lanes = kernels.LANES
+    keys = rng.integers(0, 2**32, (lanes, 8), dtype=np.uint32)
+    contexts = rng.integers(0, 2**32 - 1, (lanes, 4), dtype=np.uint32)
+    tokens = rng.integers(0, 2**32 - 1, lanes, dtype=np.uint32)
+    found, coins = np.empty(lanes, np.uint32), np.empty(lanes, np.uint32)
+    flat = [np.ascontiguousarray(words.T).reshape(-1) for words in (keys, contexts)]
+    kernels.number_lanes(*flat, tokens, found, coins, lanes)
+    blocks = prf.block(keys, contexts)
+    np.testing.assert_array_equal(found, prf.field(blocks[:, prf.FIELD], tokens))
+    np.testing.assert_array_equal(coins, blocks[:, prf.COIN])
 
 
 @pytest.mark.slow

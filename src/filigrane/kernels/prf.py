@@ -11,6 +11,7 @@ import numpy.typing as npt
 from numba import njit, uint32, uint64
 
 from filigrane.kernels.wide import use_wide_vectors
+from filigrane.prf import CONSTANTS
 
 LANES = 256
 """Lanes per call: their keys, inputs and outputs (20 words each) stay in a first-level cache."""
@@ -19,6 +20,9 @@ BLOCK_WORDS = 8
 # Offsets of the rows of a buffer. Unsigned, so that numba does not add its check for negative
 # indices.
 R1, R2, R3, R4, R5, R6, R7 = (np.uint64(i * LANES) for i in range(1, 8))
+
+
+K0, K1, K2, K3 = (np.uint32(word) for word in CONSTANTS)
 
 
 @njit(forceinline=True)
@@ -52,40 +56,23 @@ def _double_round(a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3
     return a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3
 
 
-@njit(nogil=True, cache=True)
-def chacha_lanes(key, inputs, out, lanes):
-    """One chunk of `prf.block`: key (8 rows of LANES), inputs (4) -> out (8), flat uint32."""
-    use_wide_vectors()
-    k0 = uint32(0x61707865)
-    k1 = uint32(0x3320646E)
-    k2 = uint32(0x79622D32)
-    k3 = uint32(0x6B206574)
-    for j in range(uint64(lanes)):
-        a0, a1, a2, a3 = k0, k1, k2, k3
-        b0, b1, b2, b3 = key[j], key[R1 + j], key[R2 + j], key[R3 + j]
-        c0, c1, c2, c3 = key[R4 + j], key[R5 + j], key[R6 + j], key[R7 + j]
-        d0, d1, d2, d3 = inputs[j], inputs[R1 + j], inputs[R2 + j], inputs[R3 + j]
-        # Four double rounds, written out: a loop here would keep LLVM from vectorising over j.
-        a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3 = _double_round(
-            a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3
-        )
-        a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3 = _double_round(
-            a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3
-        )
-        a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3 = _double_round(
-            a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3
-        )
-        a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3 = _double_round(
-            a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3
-        )
-        out[j] = uint32(a0 + k0)
-        out[R1 + j] = uint32(a1 + k1)
-        out[R2 + j] = uint32(a2 + k2)
-        out[R3 + j] = uint32(a3 + k3)
-        out[R4 + j] = uint32(b0 + key[j])
-        out[R5 + j] = uint32(b1 + key[R1 + j])
-        out[R6 + j] = uint32(b2 + key[R2 + j])
-        out[R7 + j] = uint32(b3 + key[R3 + j])
+@njit(forceinline=True)
+def _rounds(b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3):
+    """Eight rounds on one lane: key words b and c, inputs d; returns the state without feed-forward.
+
+    Four double rounds, written out: a loop here would keep LLVM from vectorising over lanes.
+    """
+    a0, a1, a2, a3 = K0, K1, K2, K3
+    a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3 = _double_round(
+        a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3
+    )
+    a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3 = _double_round(
+        a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3
+    )
+    a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3 = _double_round(
+        a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3
+    )
+    return _double_round(a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3)
 
 
 @njit(forceinline=True)
@@ -99,11 +86,40 @@ def mix(token, s0, s1, s2, s3):
 
 
 @njit(nogil=True, cache=True)
-def field_lanes(seeds, tokens, out, lanes):
-    """`prf.field`, a seed per lane: seeds (>= 4 x LANES, flat), tokens (LANES,) -> out (LANES,)."""
+def chacha_lanes(key, inputs, out, lanes):
+    """One chunk of `prf.block`: key (8 rows of LANES), inputs (4) -> out (8), flat uint32."""
     use_wide_vectors()
     for j in range(uint64(lanes)):
-        out[j] = mix(tokens[j], seeds[j], seeds[R1 + j], seeds[R2 + j], seeds[R3 + j])
+        b0, b1, b2, b3 = key[j], key[R1 + j], key[R2 + j], key[R3 + j]
+        c0, c1, c2, c3 = key[R4 + j], key[R5 + j], key[R6 + j], key[R7 + j]
+        d0, d1, d2, d3 = inputs[j], inputs[R1 + j], inputs[R2 + j], inputs[R3 + j]
+        x = _rounds(b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3)
+        out[j] = uint32(x[0] + K0)
+        out[R1 + j] = uint32(x[1] + K1)
+        out[R2 + j] = uint32(x[2] + K2)
+        out[R3 + j] = uint32(x[3] + K3)
+        out[R4 + j] = uint32(x[4] + b0)
+        out[R5 + j] = uint32(x[5] + b1)
+        out[R6 + j] = uint32(x[6] + b2)
+        out[R7 + j] = uint32(x[7] + b3)
+
+
+@njit(nogil=True, cache=True)
+def number_lanes(key, inputs, tokens, numbers, coins, lanes):
+    """The last chunk of `prf.block` and `prf.field` in one: what scores need, and nothing else.
+
+    key (8 rows of LANES), inputs (4 rows), tokens (LANES,) -> numbers and coins, (LANES,) each.
+    """
+    use_wide_vectors()
+    for j in range(uint64(lanes)):
+        b0, b1, b2, b3 = key[j], key[R1 + j], key[R2 + j], key[R3 + j]
+        c0, c1, c2, c3 = key[R4 + j], key[R5 + j], key[R6 + j], key[R7 + j]
+        d0, d1, d2, d3 = inputs[j], inputs[R1 + j], inputs[R2 + j], inputs[R3 + j]
+        x = _rounds(b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3)
+        s0, s1 = uint32(x[0] + K0), uint32(x[1] + K1)
+        s2, s3 = uint32(x[2] + K2), uint32(x[3] + K3)
+        numbers[j] = mix(tokens[j], s0, s1, s2, s3)
+        coins[j] = uint32(x[4] + b0)
 
 
 @njit(nogil=True, cache=True)

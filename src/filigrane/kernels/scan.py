@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numba import njit, uint32
 
-from filigrane.kernels.prf import BLOCK_WORDS, LANES, R4, chacha_lanes, field_lanes
+from filigrane.kernels.prf import BLOCK_WORDS, LANES, chacha_lanes, number_lanes
 from filigrane.kernels.wide import use_wide_vectors
 
 GUMBEL, GREEN, TABLE, POSITION, DISTANCE = range(5)
@@ -96,12 +96,12 @@ def over_keys(keys, ids, positions, width, kind, threshold, table, out):
     n = keys.shape[1]
     chunks = (width + 3) // 4
     fixed = np.empty(8 * LANES, np.uint32)
-    key = np.empty(8 * LANES, np.uint32)
+    key = np.empty(8 * LANES, np.uint32) if chunks > 1 else fixed
     inputs = np.empty(4 * LANES, np.uint32)
     words = np.empty(BLOCK_WORDS * LANES, np.uint32)
     tokens = np.empty(LANES, np.uint32)
     numbers = np.empty(LANES, np.uint32)
-    coins = words[R4:]
+    coins = np.empty(LANES, np.uint32)
     totals = np.empty(LANES, np.float64)
     counts = np.zeros(LANES, np.uint32)
     products = np.ones(LANES, np.float64)
@@ -115,18 +115,18 @@ def over_keys(keys, ids, positions, width, kind, threshold, table, out):
         for number in range(positions.shape[0]):
             t = positions[number]
             tokens[:] = ids[t]
+            if chunks > 1:  # the cascade overwrites the key
+                key[:] = fixed
             for chunk in range(chunks):
                 for i in range(4):
                     column = 4 * chunk + i
                     word = ids[t - width + column] if column < width else uint32(0xFFFFFFFF)
                     for j in range(LANES):
                         inputs[i * LANES + j] = word
-                if chunk == 0:
-                    chacha_lanes(fixed, inputs, words, lanes)
-                else:
-                    key[:] = words
+                if chunk < chunks - 1:
                     chacha_lanes(key, inputs, words, lanes)
-            field_lanes(words, tokens, numbers, lanes)
+                    key[:] = words
+            number_lanes(key, inputs, tokens, numbers, coins, lanes)
             _add(kind, threshold, planes, numbers, coins, totals, counts, products, lanes)
             if number % _ROUNDS == _ROUNDS - 1:
                 _drain(kind, totals, counts, products, lanes)
@@ -141,12 +141,12 @@ def over_positions(key_words, ids, positions, width, kind, threshold, table):
     n = positions.shape[0]
     chunks = (width + 3) // 4
     fixed = np.empty(8 * LANES, np.uint32)
-    key = np.empty(8 * LANES, np.uint32)
+    key = np.empty(8 * LANES, np.uint32) if chunks > 1 else fixed
     inputs = np.empty(4 * LANES, np.uint32)
     words = np.empty(BLOCK_WORDS * LANES, np.uint32)
     tokens = np.empty(LANES, np.uint32)
     numbers = np.empty(LANES, np.uint32)
-    coins = words[R4:]
+    coins = np.empty(LANES, np.uint32)
     totals = np.zeros(LANES, np.float64)
     counts = np.zeros(LANES, np.uint32)
     products = np.ones(LANES, np.float64)
@@ -159,6 +159,8 @@ def over_positions(key_words, ids, positions, width, kind, threshold, table):
         lanes = min(LANES, n - start)
         for j in range(lanes):
             tokens[j] = ids[positions[start + j]]
+        if chunks > 1:  # the cascade overwrites the key
+            key[:] = fixed
         for chunk in range(chunks):
             for i in range(4):
                 column = 4 * chunk + i
@@ -167,12 +169,10 @@ def over_positions(key_words, ids, positions, width, kind, threshold, table):
                         inputs[i * LANES + j] = ids[positions[start + j] - width + column]
                     else:
                         inputs[i * LANES + j] = uint32(0xFFFFFFFF)
-            if chunk == 0:
-                chacha_lanes(fixed, inputs, words, lanes)
-            else:
-                key[:] = words
+            if chunk < chunks - 1:
                 chacha_lanes(key, inputs, words, lanes)
-        field_lanes(words, tokens, numbers, lanes)
+                key[:] = words
+        number_lanes(key, inputs, tokens, numbers, coins, lanes)
         _add(kind, threshold, planes, numbers, coins, totals, counts, products, lanes)
         if turn % _ROUNDS == _ROUNDS - 1:
             _drain(kind, totals, counts, products, LANES)
