@@ -504,7 +504,7 @@ def test_ids_without_a_token_are_never_drawn(llama: Any) -> None:
 
 
 def test_what_cannot_be_streamed_is_refused(llama: Any, t5: Any) -> None:
-    with pytest.raises(VocabularyMismatch, match="knows 300 ids|another model"):
+    with pytest.raises(VocabularyMismatch, match="another model"):
         TransformersModel(llama).prefill([np.array([10**6])])
     with pytest.raises(TokenError, match="prompt 1 is empty"):
         TransformersModel(llama).prefill([np.array([5]), np.array([], dtype=np.int64)])

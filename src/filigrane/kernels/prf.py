@@ -58,7 +58,7 @@ def _double_round(a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3
 
 @njit(forceinline=True)
 def _rounds(b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3):
-    """Eight rounds on one lane: key words b and c, inputs d; returns the state without feed-forward.
+    """Eight rounds on one lane: key words b and c, inputs d; the state without feed-forward.
 
     Four double rounds, written out: a loop here would keep LLVM from vectorising over lanes.
     """
