@@ -427,9 +427,9 @@ class TransformersModel(LanguageModel):
             raise TokenError(
                 f"prompt {lengths.index(0)} is empty; begin with the model's start token (BOS)."
             )
-        known = self.model.get_input_embeddings().weight.shape[0]
+        embeddings = getattr(self.model, "get_input_embeddings", None)
         highest = max(int(prompt.max()) for prompt in prompts)
-        if highest >= known:
+        if embeddings is not None and highest >= (known := embeddings().weight.shape[0]):
             raise VocabularyMismatch(
                 f"prompt holds token id {highest}, but the model knows {known} ids: "
                 "was it encoded by another model's tokenizer?"
