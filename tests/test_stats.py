@@ -49,6 +49,7 @@ def not_above(later: float, earlier: float) -> bool:
     [
         ("binomial", stats.log_sf_binomial, ("k", "n", "p")),
         ("gamma", stats.log_sf_gamma, ("s", "n")),
+        ("two_gammas", stats.log_sf_two_gammas, ("s", "n", "share")),
         ("irwin_hall", stats.log_sf_irwin_hall, ("s", "n")),
         ("weighted_bits", stats.log_sf_weighted_bits, ("total", "n", "weights")),
     ],
@@ -68,7 +69,7 @@ def test_laws_match_the_vectors(
 
 
 def test_vectors_reach_both_ends() -> None:
-    for section in ("binomial", "gamma", "irwin_hall", "weighted_bits"):
+    for section in ("binomial", "gamma", "two_gammas", "irwin_hall", "weighted_bits"):
         values = [float(row["log_p"]) for row in VECTORS[section]]
         assert min(values) < -9_000.0
         assert max(v for v in values if v < 0.0) > -1e-10
@@ -161,6 +162,72 @@ def test_routes_of_weighted_bits_agree(monkeypatch: pytest.MonkeyPatch) -> None:
         assert math.isclose(got, expected, rel_tol=1e-11)
 
 
+@pytest.mark.parametrize("share", [0.001, 0.2, 0.45, 0.499])
+@pytest.mark.parametrize("s", [1e-3, 0.4, 1.0, 3.0, 90.0, 5000.0])
+def test_two_gammas_of_one_position_in_closed_form(s: float, share: float) -> None:
+    w, v = share, 1.0 - share
+    # (v exp(-s/v) - w exp(-s/w)) / (v - w), from the smaller tail; below, its series in s.
+    if s >= 0.4:
+        expected = -s / v + math.log((v - w * math.exp(s / v - s / w)) / (v - w))
+        assert math.isclose(stats.log_sf_two_gammas(s, 1, share), expected, rel_tol=1e-11)
+    elif s < 1e-3 * w:
+        below = s * s / (2.0 * v * w) * (1.0 - s / (3.0 * v * w))
+        assert math.isclose(stats.log_sf_two_gammas(s, 1, share), -below, rel_tol=1e-5)
+    assert stats.log_sf_two_gammas(s, 1, share) == pytest.approx(
+        stats.log_sf_two_gammas(s, 1, 1.0 - share), rel=1e-10
+    )
+
+
+@pytest.mark.parametrize("n", [1, 9, 300])
+def test_two_gammas_meet_one_gamma_at_the_ends(n: int) -> None:
+    for s in (0.3 * n, 1.1 * n, 4.0 * n):
+        for share in (0.0, 1.0, 1e-15):
+            one = stats.log_sf_gamma(s, n)
+            assert math.isclose(stats.log_sf_two_gammas(s, n, share), one, rel_tol=1e-11)
+        half = stats.log_sf_gamma(2.0 * s, 2 * n)
+        assert stats.log_sf_two_gammas(s, n, 0.5) == half
+        assert math.isclose(stats.log_sf_two_gammas(s, n, 0.5 - 1e-13), half, rel_tol=1e-10)
+
+
+@pytest.mark.parametrize("n", [1, 2, 41, 3000, 10**6])
+def test_chernoff_bounds_lie_above_the_tails(n: int) -> None:
+    for share in (0.5, 0.5001, 0.51, 0.6, 0.8, 0.97, 0.985, 0.999, 0.9999999):
+        bound, tail = (
+            stats.log_chernoff_irwin_hall(share * n, n),
+            stats.log_sf_irwin_hall(share * n, n),
+        )
+        assert tail <= bound <= 0.0
+        bound, tail = (
+            stats.log_chernoff_gamma(2.0 * share * n, n),
+            stats.log_sf_gamma(2.0 * share * n, n),
+        )
+        assert tail <= bound <= 0.0
+    assert stats.log_chernoff_gamma(0.9 * n, n) == stats.log_chernoff_irwin_hall(0.4 * n, n) == 0.0
+
+
+@pytest.mark.parametrize("mean", [0.5000001, 0.5004, 0.502, 0.55, 0.7, 0.9, 0.978, 0.983, 0.99999])
+def test_chernoff_of_uniforms_is_the_least_of_its_family(mean: float) -> None:
+    n = 1000
+    bound = stats.log_chernoff_irwin_hall(mean * n, n)
+
+    def at(t: float) -> float:  # log((exp(t) - 1)/t) - t mean, centred against cancellation
+        half = t / 2
+        log_sinhc = half * half / 6 if half < 1e-4 else half + math.log(-math.expm1(-t) / t)
+        return n * (log_sinhc - t * (mean - 0.5))
+
+    guesses = np.exp(np.linspace(math.log(1e-7), math.log(2e5), 20_001))
+    least = min(at(float(t)) for t in guesses)
+    assert math.isclose(bound, least, rel_tol=1e-5)
+    # The grid misses the minimum by a little, from above.
+    assert bound <= least + 1e-9 * abs(least)
+
+
+def test_chernoff_of_gammas_is_the_published_form() -> None:
+    for n, mean in ((1, 3.0), (200, 1.5), (5000, 1.0001), (7, 1e6)):
+        expected = -n * (mean - 1.0 - math.log(mean))
+        assert math.isclose(stats.log_chernoff_gamma(mean * n, n), expected, rel_tol=1e-8)
+
+
 def test_routes_of_irwin_hall_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     """Integers and the contour meet in both directions."""
     cases = [(n, x * n) for n in (60, 90) for x in (0.3, 0.45, 0.5, 0.52, 0.6, 0.7)]
@@ -203,6 +270,16 @@ def test_binomial_is_monotone(n: int, p: float, share: float) -> None:
 def test_gamma_is_monotone(n: int, z: float, step: float) -> None:
     s = n + z * math.sqrt(n)
     here, there = stats.log_sf_gamma(s, n), stats.log_sf_gamma(s + step, n)
+    assert not_above(there, here)
+    assert -math.inf < there <= 0.0
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 500), st.floats(0.0, 1.0), st.floats(-9.0, 60.0), st.floats(0.0, 3.0))
+def test_two_gammas_are_monotone(n: int, share: float, z: float, step: float) -> None:
+    s = n + z * math.sqrt(n)
+    here = stats.log_sf_two_gammas(s, n, share)
+    there = stats.log_sf_two_gammas(s + step, n, share)
     assert not_above(there, here)
     assert -math.inf < there <= 0.0
 
@@ -301,6 +378,12 @@ def test_impossible_and_certain_events() -> None:
     assert stats.log_sf_gamma(-1.0, 4) == 0.0
     assert stats.log_sf_gamma(math.inf, 4) == -math.inf
     assert stats.log_sf_gamma(5e-324, 2) == 0.0
+    assert stats.log_sf_two_gammas(-1.0, 4, 0.3) == 0.0
+    assert stats.log_sf_two_gammas(math.inf, 4, 0.3) == -math.inf
+    assert stats.log_sf_two_gammas(1e-200, 4, 0.3) == 0.0
+    assert -math.inf < stats.log_sf_two_gammas(1e300, 4, 0.3) < -1e299
+    assert stats.log_chernoff_gamma(math.inf, 4) == -math.inf
+    assert stats.log_chernoff_irwin_hall(4.0, 4) == -math.inf
     assert stats.log_sf_irwin_hall(0.0, 4) == 0.0
     assert stats.log_sf_irwin_hall(4.0, 4) == -math.inf
     assert stats.log_sf_irwin_hall(5e-324, 1000) == 0.0
@@ -341,6 +424,14 @@ def test_numpy_scalars_are_accepted() -> None:
         (stats.log_sf_binomial, (1, 3, math.nan), "p must be a probability"),
         (stats.log_sf_gamma, (math.nan, 3), "s is NaN"),
         (stats.log_sf_gamma, (1.0, 2.0), "n must be an integer"),
+        (stats.log_sf_two_gammas, (math.nan, 3, 0.4), "s is NaN"),
+        (stats.log_sf_two_gammas, (1.0, 0, 0.4), "n must be at least 1"),
+        (stats.log_sf_two_gammas, (1.0, 3, 1.1), r"share must lie in \[0, 1\]"),
+        (stats.log_sf_two_gammas, (1.0, 3, math.nan), "share must lie in"),
+        (stats.log_chernoff_gamma, (math.nan, 3), "total is NaN"),
+        (stats.log_chernoff_gamma, (1.0, 0), "n must be at least 1"),
+        (stats.log_chernoff_irwin_hall, (math.nan, 3), "total is NaN"),
+        (stats.log_chernoff_irwin_hall, (1.0, 1.5), "n must be an integer"),
         (stats.log_sf_irwin_hall, (math.nan, 3), "s is NaN"),
         (stats.log_sf_irwin_hall, (1.0, -3), "n must be at least 1"),
         (stats.log_sf_weighted_bits, (1, 3, []), "weights must hold 1 to 1000"),
@@ -391,5 +482,7 @@ def test_speed_is_of_the_right_order() -> None:
     assert best(stats.log_sf_gamma, 1010.0, 1000) < 300e-6
     assert best(stats.log_sf_binomial, 250_100, 10**6, 0.25) < 5e-3
     assert best(stats.log_sf_gamma, 1_000_100.0, 10**6) < 5e-3
+    assert best(stats.log_sf_two_gammas, 210.0, 200, 0.7) < 50e-3
+    assert best(stats.log_sf_two_gammas, 100_500.0, 100_000, 0.7) < 150e-3
     assert best(stats.log_sf_weighted_bits, 490_000, 200, TOURNAMENT) < 25e-3
     assert best(stats.log_sf_weighted_bits, 239_500_000, 100_000, TOURNAMENT) < 50e-3

@@ -24,7 +24,8 @@ TOURNAMENT = tuple(290 - 9 * layer for layer in range(30))
 PROVENANCE = (
     "Computed by vectors/generate_stats.py with mpmath at 60 digits and Python integers; no code "
     "shared with filigrane.stats. Binomial and gamma: all terms that count of the smaller tail, "
-    "then log1p. Irwin-Hall up to n = 1000, weighted bits up to n = 16 and near the top: "
+    "then log1p. Two gammas: the negative binomial mixture (Moschopoulos 1985), all terms. "
+    "Irwin-Hall up to n = 1000, weighted bits up to n = 16 and near the top: "
     "exact integers. Longer sums: inversion integral, trapezoid rule, step halved until 35 digits "
     "agree, compared with the exact route where both apply. Floats are exact binary fractions, "
     "written with repr; results are rounded to 30 digits."
@@ -98,6 +99,56 @@ def gamma(s: float, n: int) -> mpf:
             break
     log_tail = log_term + mp.log(total)
     return log_tail if upper else mp.log1p(-mp.exp(log_tail))
+
+
+def two_gammas(s: float, n: int, share: float) -> mpf:
+    """log P(share A + (1 - share) B >= s), A, B ~ Gamma(n), s > 0, by Moschopoulos's mixture.
+
+    With scales small <= large the sum is small Gamma(2n + K), K negative binomial with n successes
+    of probability small/large: a series of positive terms, from either tail of the Gammas.
+    """
+    small, large = sorted((mpf(share), 1 - mpf(share)))
+    x, hit = mpf(s) / small, small / large
+    miss = 1 - hit
+    upper = s > n
+    tiny = mpf(10) ** -45
+    last = 0 if upper else int(n * miss / hit + 60 * mp.sqrt(n * miss) / hit + 200)
+
+    # At the first k: the Poisson term 2n + k, the tail beside it, and the weight of k.
+    k = last
+    poisson = mp.exp(-x + (2 * n + k) * mp.log(x) - mp.loggamma(2 * n + k + 1))
+    term = poisson * (2 * n + k) / x if upper else poisson
+    tail, j = term, 2 * n + k - 1 if upper else 2 * n + k
+    while term > tail * tiny:
+        term, j = (term * j / x, j - 1) if upper else (term * x / (j + 1), j + 1)
+        tail += term
+    weight = mp.exp(
+        mp.loggamma(n + k)
+        - mp.loggamma(n)
+        - mp.loggamma(k + 1)
+        + n * mp.log(hit)
+        + k * mp.log(miss)
+    )
+    total = peak = mpf(0)
+    while True:
+        term = weight * tail
+        total += term
+        peak = max(peak, term)
+        if term < peak * tiny:
+            break
+        if upper:
+            tail += poisson
+            poisson *= x / (2 * n + k + 1)
+            weight *= miss * (n + k) / (k + 1)
+            k += 1
+        elif k == 0:
+            break
+        else:
+            poisson *= (2 * n + k) / x
+            tail += poisson
+            weight *= k / (miss * (n + k - 1))
+            k -= 1
+    return mp.log(total) if upper else mp.log1p(-total)
 
 
 def irwin_hall_exact(s: float, n: int) -> mpf:
@@ -287,6 +338,33 @@ def gamma_cases() -> list[dict[str, object]]:
     return [{"s": s, "n": n, "log_p": text(gamma(s, n))} for s, n in sorted(cases)]
 
 
+def two_gammas_cases() -> list[dict[str, object]]:
+    """Cases over n, share and distance from the mean; few of the longest, which take seconds."""
+    cases = {
+        (1e-9, 1, 0.25),
+        (1e-3, 2, 0.75),
+        (3000.0, 1, 0.4),
+        (2e3, 30, 0.9),
+        (1e4, 2, 0.4),
+        (5.0, 4, 0.02),
+    }
+    cases |= {(60.0, 1, 0.98), (0.7, 3, 0.499999), (400.0, 200, 0.500001), (200.0, 200, 0.3)}
+    for n in (1, 2, 5, 12, 60, 200, 1000):
+        for i, z in enumerate((-7.1, -3.0, -0.5, 0.01, 1.0, 5.0, 30.0, 141.0)):
+            for share in ((0.25, 0.7), (0.45, 0.9), (0.1, 0.03125), (0.49, 0.6))[(i + n) % 4]:
+                s = n + z * math.sqrt(n * (share**2 + (1 - share) ** 2))
+                if s > 0:
+                    cases.add((s, n, share))
+    for z, share in ((-3.0, 0.3), (0.5, 0.75), (6.0, 0.3), (141.0, 0.4375)):
+        cases.add(
+            (100_000 + z * math.sqrt(100_000 * (share**2 + (1 - share) ** 2)), 100_000, share)
+        )
+    return [
+        {"s": s, "n": n, "share": share, "log_p": text(two_gammas(s, n, share))}
+        for s, n, share in sorted(cases)
+    ]
+
+
 def irwin_hall_cases() -> list[dict[str, object]]:
     """Cases over n and distance from the mean, near the corners, and between the routes."""
     cases = {(1e-12, 1), (0.999999999, 1), (0.7, 1), (1e-3, 2), (1.999, 2), (1.0, 2), (2.5, 3)}
@@ -423,6 +501,13 @@ def check_routes() -> None:
     for s, n in ((150.0, 200), (260.0, 200)):
         exact = mp.log(mp.gammainc(n, mpf(s), regularized=True))
         assert abs(exact / gamma(s, n) - 1) < mpf(10) ** -33, (s, n)
+    for s, n in ((150.0, 200), (260.0, 200)):
+        share = 0.5 - 2.0**-40
+        equal = gamma(2 * s, 2 * n)
+        assert abs(equal / two_gammas(s, n, share) - 1) < mpf(10) ** -20, (s, n)
+    # Two exponentials in closed form.
+    closed = mp.log((3 * mp.exp(-mpf(8)) - mp.exp(-mpf(24))) / 2)
+    assert abs(closed / two_gammas(6.0, 1, 0.25) - 1) < mpf(10) ** -33
     for k, n, p in ((30, 100, 0.25), (12, 100, 0.25)):
         exact = mp.log(mp.betainc(k, n - k + 1, 0, mpf(p), regularized=True))
         assert abs(exact / binomial(k, n, p) - 1) < mpf(10) ** -33, (k, n, p)
@@ -434,6 +519,7 @@ def main() -> None:
     sections: dict[str, list[dict[str, object]]] = {
         "binomial": binomial_cases(),
         "gamma": gamma_cases(),
+        "two_gammas": two_gammas_cases(),
         "irwin_hall": irwin_hall_cases(),
         "weighted_bits": weighted_bits_cases(),
         **correction_cases(),

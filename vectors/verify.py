@@ -325,6 +325,33 @@ def gamma_tail(s: Decimal, n: int) -> Decimal:
     return log1mexp(series(first, lambda j: s / (n + 1 + j)))
 
 
+def two_gammas_tail(s: Decimal, n: int, share: Decimal) -> Decimal:
+    """log P(share A + (1 - share) B >= s), both Gamma(n, 1), s > 0.
+
+    In units of the smaller scale it is Gamma(2n + K, 1), where K counts failures before n successes
+    of probability smaller/larger.
+    """
+    smaller, larger = sorted((share, 1 - share))
+    hit = smaller / larger
+    x = s / smaller
+    poisson = (-x).exp()
+    tail = Decimal(0)
+    for j in range(2 * n):
+        tail += poisson
+        poisson *= x / (j + 1)
+    weight, total, k = hit**n, Decimal(0), 0
+    while True:
+        term = weight * tail
+        total += term
+        if k > n / hit and term < total * Decimal("1e-100"):
+            break
+        tail += poisson
+        poisson *= x / (2 * n + k + 1)
+        weight *= (1 - hit) * (n + k) / (k + 1)
+        k += 1
+    return total.ln() if s > n else ln1p(-(1 - total))
+
+
 def irwin_hall_tail(s: Fraction, n: int) -> Decimal:
     """log P(U_1 + ... + U_n >= s), by the alternating sum in integers."""
     if s <= 0:
@@ -673,6 +700,10 @@ def stats_value(section: str, row: dict[str, Any]) -> Decimal | list[Decimal] | 
         return binomial_tail(row["k"], row["n"], Fraction(row["p"]))
     if section == "gamma":
         return gamma_tail(Decimal(row["s"]), row["n"])
+    if section == "two_gammas":
+        if row["n"] > 60:  # a series too long for this script
+            return None
+        return two_gammas_tail(Decimal(row["s"]), row["n"], Decimal(row["share"]))
     if section == "irwin_hall":
         s, n = Fraction(row["s"]), row["n"]
         if n <= 1000:

@@ -80,7 +80,7 @@ class History:
 
     push(token) appends; window() is the current context, or None while it is incomplete; fresh()
     says whether the next position is to be marked. rollback(n) takes back the last n tokens
-    together with the windows they had used, for token-level verification of drafts.
+    together with the windows they had used, for verification of drafts.
     """
 
     __slots__ = ("_seen", "_tokens", "_used", "width")
@@ -118,14 +118,19 @@ class History:
         self._used.append(window if new else None)
         self._tokens.append(token)
 
-    def rollback(self, count: int) -> None:
-        """Take back the last `count` tokens."""
+    def rollback(self, count: int, *, spent: bool = False) -> None:
+        """Take back the last `count` tokens.
+
+        spent: their windows stay used, because what they seeded has been looked at (block
+        verification). A detector does not know of those; where one occurs again it scores a
+        position that carries no mark.
+        """
         if not 0 <= count <= len(self._tokens):
             raise TokenError(f"cannot take back {count} of {len(self._tokens)} tokens.")
         for _ in range(count):
             self._tokens.pop()
             window = self._used.pop()
-            if window is not None:
+            if window is not None and not spent:
                 self._seen.discard(window)
 
 

@@ -5,6 +5,7 @@
     ├── SecretLeakError        something tried to pickle or otherwise spill a secret
     ├── SchemeError            a scheme's name or parameters make no sense
     ├── UnsupportedDecoding    this scheme cannot carry a mark in this decoding mode
+    ├── DraftError             target, draft and draft length do not fit together
     ├── TokenError             what was passed is not a sequence of token ids
     │   ├── TooShort           fewer tokens than the test needs
     │   └── VocabularyMismatch ids or logits that do not belong to the stated vocabulary
@@ -37,6 +38,10 @@ class SchemeError(FiligraneError, ValueError):
 
 class UnsupportedDecoding(FiligraneError, ValueError):
     """The scheme cannot carry a mark in this decoding mode; nothing was generated."""
+
+
+class DraftError(FiligraneError, ValueError):
+    """Target, draft and draft length do not fit together; nothing was generated."""
 
 
 class TokenError(FiligraneError, ValueError):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from filigrane.cli.app import COMMANDS
+from filigrane.cli.app import COMMANDS, functions
 from filigrane.schemes import SCHEMES
 
 PYTHON = sys.executable
@@ -27,7 +27,7 @@ def filigrane(*arguments: str, **options: Any) -> subprocess.CompletedProcess[st
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("command", ["", *(word for name in COMMANDS for word in functions(name))])
 def test_every_help_mentions_json(run: Any, command: str) -> None:
     done = run(*command.split(), "--help")
     assert done.code == 0 and "--json" in done.out
@@ -242,4 +242,30 @@ def test_the_list_of_commands_says_what_they_say() -> None:
     from filigrane.cli import app
 
     for name, about in app.COMMANDS.items():
-        assert app._paragraphs(app._function(name)).partition("\n\n")[0] == about
+        inside = functions(name)
+        if list(inside) == [name]:
+            assert app._paragraphs(inside[name]).partition("\n\n")[0] == about
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_group_lists_its_commands(run: Any, name: str) -> None:
+    inside = functions(name)
+    if list(inside) == [name]:
+        return
+    done = run(name, "--help", env={"COLUMNS": "80"})
+    assert done.code == 0 and " ".join(COMMANDS[name].split()[:5]) in done.out
+    for words, function in inside.items():
+        assert f" {words.removeprefix(name).strip()} " in done.out
+        assert (function.__doc__ or "").split()[0] in done.out
+        assert f" {words} [OPTIONS]" in run(*words.split(), "-h").out
+    assert max(map(len, done.out.splitlines())) <= 80
+    for wrong, named in ((), "Missing command"), (("no-such-command",), "no-such-command"):
+        done = run(name, *wrong)
+        assert done.code == 2 and done.out == "" and named in done.err
+
+
+def test_a_timing_through_the_command_line(run: Any) -> None:
+    done = run("bench", "detect", "--quick", "--json", "--out", "d.json")
+    assert done.code == 0 and done.json["benchmark"] == "detect" and done.json["quick"]
+    assert json.loads(Path("d.json").read_text()) == done.json and not Path("d.json.part").exists()
+    assert "median_us" in run("bench", "detect", "--quick").out

@@ -2,7 +2,8 @@
 
     generation_kwargs       dict for model.generate(**inputs, **kwargs, max_new_tokens=...)
     continuations           the texts in what generate returned
-    TransformersModel       a causal language model as `embedding.LanguageModel`
+    TransformersModel       a causal language model for `filigrane.stream` and speculation
+    without_layers          the same model without some layers, to draft for it
     DECODING_SUPPORT        what carries a mark and what is refused (docs/decoding.md), plain data
 
 How a mark gets into `generate`: a green list biases raw logits, so it goes into `logits_processor`,
@@ -15,6 +16,7 @@ because beam search moves rows. transformers copies and prints its configuration
 none of what it can see.
 """
 
+import copy
 import inspect
 import threading
 from collections.abc import Mapping, Sequence
@@ -24,8 +26,9 @@ from typing import Any, Final, Literal, Never, Self
 import numpy as np
 
 from filigrane.contexts import TokenIds
-from filigrane.embedding import LanguageModel, Logits, Sampling, refuse_unmarkable
+from filigrane.embedding import Logits, Sampling, refuse_unmarkable
 from filigrane.errors import (
+    DraftError,
     LogitsError,
     MissingDependency,
     ModelError,
@@ -37,10 +40,12 @@ from filigrane.errors import (
 from filigrane.keys import MarkingKey
 from filigrane.schemes import SCHEMES
 from filigrane.schemes.base import Scheme
+from filigrane.speculative.models import BlockModel, Mask
 
 try:
     import torch
     from transformers import LogitsProcessor, LogitsProcessorList
+    from transformers.cache_utils import DynamicCache, DynamicLayer
     from transformers.generation import BaseWatermarkingConfig
 except ImportError as error:
     raise MissingDependency(
@@ -57,6 +62,7 @@ __all__ = [
     "continuations",
     "decoding_table",
     "generation_kwargs",
+    "without_layers",
 ]
 
 _OWN: Final = "Use filigrane.stream with TransformersModel, or plain generate."
@@ -368,34 +374,45 @@ class _OnLogits(_Private, LogitsProcessor):
         return self._start.current()(input_ids, scores)
 
 
-# ---------------------------------------------------------------- models inside filigrane.stream
+# ---------------------------------------------------------------- models inside filigrane's loops
 
 
 @dataclass(slots=True)
 class _State:
-    """A batch between two steps. ids and mask: (batch, n) int64 with left padding."""
+    """A batch between two reads.
+
+    ids and mask: (batch, n) int64, a column that is masked out was padding or has been forgotten;
+    cache: the model's, None before the first read; whole: the cache cannot be cut back, so that all
+    is read anew each time; parents: (batch, open columns) int64, see BlockModel.read.
+    """
 
     ids: torch.Tensor
     mask: torch.Tensor
     cache: Any
+    parents: np.ndarray[Any, np.dtype[np.int64]]
+    whole: bool = False
+    tree: bool = False
 
 
-class TransformersModel(LanguageModel):
-    """A causal language model of transformers for `filigrane.stream` and `embed`, on any device.
+class TransformersModel(BlockModel):
+    """A causal language model of transformers for filigrane's own loops, on any device.
 
     model: the model, or what `adapters.models.load` returned. tokenizer: its tokenizer (a loaded
-    model brings its own). Prompts of different lengths are padded on the left and masked. Logits
+    model brings its own). Texts of different lengths are padded on the left and masked. Logits
     come out in float32, as wide as the model makes them; ids for which the tokenizer has no token
     (models pad their vocabulary) are -inf, so they are never drawn. Without a tokenizer nothing is
     masked.
-    A state serves one step: the model's cache grows in place.
+    A state's cache grows in place, and is cut back in place where drafts are rejected. Models whose
+    cache cannot be cut (sliding windows, recurrent layers) read everything again: slow, and right.
     Raises ModelError for encoder-decoder models, which `generation_kwargs` supports.
     """
 
     def __init__(self, model: Any, *, tokenizer: Any = None) -> None:
         from filigrane.adapters.models import LoadedModel
 
+        self._fingerprint: str | None = None
         if isinstance(model, LoadedModel):
+            self._fingerprint = model.tokenizer_sha256
             model, tokenizer = model.model, tokenizer or model.tokenizer
         if getattr(model.config, "is_encoder_decoder", False):
             raise ModelError(
@@ -404,11 +421,25 @@ class TransformersModel(LanguageModel):
         self.model = model.eval()
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
-        self._fixed: dict[str, Any] = {"use_cache": True, "return_dict": True}
-        if "logits_to_keep" in accepted:  # the rest of the prompt's logits would only fill memory
-            self._fixed["logits_to_keep"] = 1
+        self._keeps_logits = "logits_to_keep" in accepted
         self._known = None if tokenizer is None else sorted(set(tokenizer.get_vocab().values()))
         self._unknown: torch.Tensor | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """See `BlockModel.vocab_size`."""
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        return int(self.model.config.vocab_size if head is None else head.weight.shape[0])
+
+    @property
+    def vocabulary(self) -> str | None:
+        """See `BlockModel.vocabulary`: the tokenizer's fingerprint, of a loaded model."""
+        return self._fingerprint
+
+    @property
+    def size(self) -> int:
+        """See `BlockModel.size`."""
+        return sum(weights.numel() for weights in self.model.parameters())
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -420,61 +451,191 @@ class TransformersModel(LanguageModel):
             return ()
         return (ids,) if isinstance(ids, int) else tuple(ids)
 
-    def prefill(self, prompts: Sequence[TokenIds]) -> tuple[Logits, _State]:
+    def prefill(self, prompts: Sequence[TokenIds]) -> tuple[Logits, Any]:
         """See `LanguageModel.prefill`. Raises TokenError for an empty prompt or unknown ids."""
         lengths = [prompt.shape[0] for prompt in prompts]
         if 0 in lengths:
             raise TokenError(
                 f"prompt {lengths.index(0)} is empty; begin with the model's start token (BOS)."
             )
+        return super().prefill(prompts)
+
+    def open(self, rows: int) -> _State:
+        """See `BlockModel.open`."""
+        empty = torch.zeros((rows, 0), dtype=torch.int64, device=self.model.device)
+        return _State(empty, empty.clone(), None, np.empty((rows, 0), dtype=np.int64))
+
+    @torch.inference_mode()
+    def read(
+        self,
+        state: _State,
+        tokens: TokenIds,
+        valid: Mask,
+        *,
+        last: int,
+        parents: np.ndarray[Any, np.dtype[np.int64]] | None = None,
+    ) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """See `BlockModel.read`. Raises VocabularyMismatch for ids that the model does not know."""
+        self._refuse_unknown(tokens)
+        device, columns = state.ids.device, tokens.shape[1]
+        state.ids = torch.cat([state.ids, torch.from_numpy(np.asarray(tokens)).to(device)], dim=1)
+        new = torch.from_numpy(np.asarray(valid, dtype=np.int64)).to(device)
+        state.mask = torch.cat([state.mask, new], dim=1)
+        before = state.parents.shape[1]
+        state.tree |= parents is not None
+        if parents is None:
+            # Each valid column follows the last valid one before it.
+            opened = state.mask[:, -(before + columns) :].cpu().numpy().astype(np.bool_)
+            places = np.where(opened, np.arange(before + columns), -1)
+            latest = np.maximum.accumulate(places, axis=1)
+            parents = np.concatenate([np.full_like(latest[:, :1], -1), latest[:, :-1]], axis=1)
+            parents = parents[:, before:]
+        state.parents = np.concatenate([state.parents, parents], axis=1)
+        logits = self._forward(state, columns, last)
+        if self._known is not None:
+            if self._unknown is None:
+                unknown = np.ones(logits.shape[-1], dtype=np.bool_)
+                unknown[[i for i in self._known if i < logits.shape[-1]]] = False
+                if unknown.all():
+                    raise LogitsError("the tokenizer has no token that this model can write.")
+                self._unknown = torch.from_numpy(unknown).to(logits.device)
+            logits = logits.masked_fill(self._unknown, -torch.inf)
+        return logits.cpu().numpy()
+
+    def _refuse_unknown(self, tokens: TokenIds) -> None:
         embeddings = getattr(self.model, "get_input_embeddings", None)
-        highest = max(int(prompt.max()) for prompt in prompts)
+        highest = int(tokens.max(initial=0))
         if embeddings is not None and highest >= (known := embeddings().weight.shape[0]):
             raise VocabularyMismatch(
                 f"prompt holds token id {highest}, but the model knows {known} ids: "
                 "was it encoded by another model's tokenizer?"
             )
-        ids = torch.zeros((len(prompts), max(lengths)), dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, -lengths[row] :] = torch.from_numpy(prompt)
-            mask[row, -lengths[row] :] = 1
-        device = self.model.device
-        return self._forward(_State(ids.to(device), mask.to(device), None))
 
-    def step(self, tokens: TokenIds, state: _State) -> tuple[Logits, _State]:
-        """See `LanguageModel.step`."""
-        ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64)[:, None]).to(state.ids.device)
-        return self._forward(
-            _State(
-                torch.cat([state.ids, ids], dim=1),
-                torch.cat([state.mask, torch.ones_like(ids)], dim=1),
-                state.cache,
-            )
-        )
-
-    @torch.inference_mode()
-    def _forward(self, state: _State) -> tuple[Logits, _State]:
-        arguments = dict(self._fixed)
-        positions = (state.mask.cumsum(dim=1) - 1).clamp_min(0)
-        # Models without a cache of this kind read everything again: slow, and right.
-        new = slice(None) if state.cache is None else slice(-1, None)
+    def _forward(self, state: _State, columns: int, last: int) -> torch.Tensor:
+        """Logits (batch, last, V) float32 of the newest columns."""
+        length = state.ids.shape[1]
+        first = 0 if state.whole or state.cache is None else length - columns
+        arguments: dict[str, Any] = {"use_cache": not state.whole, "return_dict": True}
+        if self._keeps_logits:  # the rest of the logits would only fill memory
+            arguments["logits_to_keep"] = last
+        attention, positions = state.mask, (state.mask.cumsum(dim=1) - 1).clamp_min(0)
+        if state.tree:
+            sees = self._sees(state)
+            positions = (sees.sum(dim=2) - 1).clamp_min(0)
+            # Additive, because every attention takes it; finite, because padding sees nothing.
+            dtype = self.model.dtype
+            attention = torch.zeros(sees[:, first:].shape, dtype=dtype, device=sees.device)
+            attention = attention.masked_fill(~sees[:, first:], torch.finfo(dtype).min)[:, None]
         if self._takes_positions:
-            arguments["position_ids"] = positions[:, new]
+            arguments["position_ids"] = positions[:, first:]
         output = self.model(
-            input_ids=state.ids[:, new],
-            attention_mask=state.mask,
-            past_key_values=state.cache,
+            input_ids=state.ids[:, first:],
+            attention_mask=attention,
+            past_key_values=None if state.whole else state.cache,
             **arguments,
         )
-        state.cache = output.past_key_values
-        logits = output.logits[:, -1].to(torch.float32)
-        if self._known is not None:
-            if self._unknown is None:
-                unknown = np.ones(logits.shape[1], dtype=np.bool_)
-                unknown[[i for i in self._known if i < logits.shape[1]]] = False
-                if unknown.all():
-                    raise LogitsError("the tokenizer has no token that this model can write.")
-                self._unknown = torch.from_numpy(unknown).to(logits.device)
-            logits = logits.masked_fill(self._unknown, -torch.inf)
-        return logits.cpu().numpy(), state
+        # Models without a cache of this kind read everything again.
+        state.cache = None if state.whole else getattr(output, "past_key_values", None)
+        return output.logits[:, -last:].to(torch.float32)
+
+    def _sees(self, state: _State) -> torch.Tensor:
+        """Which column attends to which, (batch, n, n) bool: settled text, ancestors, itself."""
+        if not self._full_attention():
+            raise ModelError(
+                f"{type(self.model).__name__} does not attend to its whole text, so it cannot "
+                "read a tree of drafts; use a method with one draft per position."
+            )
+        batch, length = state.ids.shape
+        opened = state.parents.shape[1]
+        start = length - opened
+        seen = np.zeros((batch, opened, opened), dtype=np.bool_)
+        rows = np.arange(batch)
+        for column in range(opened):
+            parent = state.parents[:, column]
+            inherited = seen[rows, parent] & (parent >= 0)[:, None]
+            seen[:, column] = inherited
+            seen[:, column, column] = True
+        whole = torch.ones((length, length), dtype=torch.bool, device=state.ids.device).tril()
+        sees = whole.expand(batch, length, length).clone()
+        sees[:, start:, start:] = torch.from_numpy(seen).to(sees.device)
+        return sees & state.mask.bool()[:, None, :]
+
+    def _full_attention(self) -> bool:
+        """Whether every layer keeps the keys and values of the whole text, column by column."""
+        layers = DynamicCache(config=self.model.config).layers
+        return all(type(layer) is DynamicLayer for layer in layers)
+
+    @torch.inference_mode()
+    def keep(self, state: _State, kept: Mask) -> None:
+        """See `BlockModel.keep`."""
+        opened = kept.shape[1]
+        start = state.ids.shape[1] - opened
+        state.parents = np.empty((kept.shape[0], 0), dtype=np.int64)
+        valid = state.mask[:, start:].cpu().numpy().astype(np.bool_)
+        tree, state.tree = state.tree, False
+        if np.array_equal(valid, kept):
+            return
+        if not state.whole and not (
+            isinstance(state.cache, DynamicCache)
+            and all(type(layer) is DynamicLayer for layer in state.cache.layers)
+        ):
+            state.whole, state.cache = True, None
+        counts = np.flatnonzero(kept.any(axis=0))
+        end = int(counts[-1]) + 1 if counts.size else 0
+        mask = torch.from_numpy(kept.astype(np.int64)).to(state.mask.device)
+        if tree:
+            # A path through a tree is not contiguous: move it together.
+            order = np.argsort(~kept, axis=1, kind="stable")
+            mask = torch.from_numpy(np.take_along_axis(kept, order, axis=1).astype(np.int64))
+            mask = mask.to(state.mask.device)
+            end = int(kept.sum(axis=1).max())
+            moved = torch.from_numpy(order).to(state.ids.device)
+            state.ids[:, start:] = state.ids[:, start:].gather(1, moved)
+            for layer in [] if state.whole else state.cache.layers:
+                index = moved[:, None, :, None].expand(
+                    -1, layer.keys.shape[1], -1, layer.keys.shape[3]
+                )
+                layer.keys[:, :, start:] = layer.keys[:, :, start:].gather(2, index)
+                index = index[..., :1].expand(-1, -1, -1, layer.values.shape[3])
+                layer.values[:, :, start:] = layer.values[:, :, start:].gather(2, index)
+        state.ids = state.ids[:, : start + end]
+        state.mask = torch.cat([state.mask[:, :start], mask[:, :end]], dim=1)
+        if not state.whole and end < opened:
+            state.cache.crop(end - opened)
+
+    @torch.inference_mode()
+    def select(self, state: _State, rows: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+        """See `BlockModel.select`."""
+        chosen = torch.from_numpy(rows).to(state.ids.device)
+        state.ids, state.mask = state.ids[chosen], state.mask[chosen]
+        state.parents = state.parents[rows]
+        if state.cache is not None:
+            state.cache.batch_select_indices(chosen)
+
+
+def without_layers(model: Any, layers: Sequence[int]) -> Any:
+    """The same model without some of its layers: a draft that costs no memory for weights.
+
+    layers: numbers of the layers to leave out, from 0. Which ones can be missed differs from model
+    to model (of SmolLM2-135M: 5, 12, 17 and 26); the first and the last hardly ever. Returns a
+    transformers model; raises DraftError if the model has no list of layers or none like these.
+    """
+    total = len(getattr(getattr(model, "model", None), "layers", ()))
+    out = set(layers)
+    if not out or not out < set(range(total)):
+        raise DraftError(
+            f"{type(model).__name__} has layers 0 to {total - 1}; name some of them, not all, to "
+            f"leave out: got {sorted(out)}."
+        )
+    # Parameters and buffers are in the memo already, so the copy points to the same ones.
+    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    small = copy.deepcopy(model, shared)
+    keep = [number for number in range(total) if number not in out]
+    small.model.layers = torch.nn.ModuleList([small.model.layers[i] for i in keep])
+    for number, layer in enumerate(small.model.layers):
+        layer.self_attn.layer_idx = number
+    small.config.num_hidden_layers = len(keep)
+    kinds = getattr(small.config, "layer_types", None)
+    if kinds is not None:
+        small.config.layer_types = [kinds[i] for i in keep]
+    return small

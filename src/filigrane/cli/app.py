@@ -1,7 +1,8 @@
 """The typer application: which commands there are, and what becomes of errors.
 
-A command is a function of the name of its module. It imports what is heavy (numba, torch,
-transformers) inside, so that help is instant, and reports failure by raising FiligraneError.
+A command is a function of the name of its module; a module with `SUBCOMMANDS: dict[str, Callable]`
+is a group of commands instead. They import what is heavy (numba, torch, transformers) inside, so
+that help is instant, and report failure by raising FiligraneError.
 """
 
 import importlib
@@ -10,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Annotated, Any, Final
 
 import typer
@@ -28,10 +30,13 @@ COMMANDS: Final = {
     "detect": "Test texts for a key's mark, with an exact p-value for each.",
     "trace": "Find who, among many candidates, a text was written for, or say that it was nobody.",
     "demo": "Mark, detect and trace texts of a real model, and check every claim.",
-    "bench": "Time a decoding step, a test or a trace beside what others do, on this machine.",
+    "speculative": "Show numerically what no watermark can have together with speculative "
+    "sampling.",
+    "bench": "Measure speed beside what others do, and strength against speed, on this machine.",
 }
 """What the list of commands says of each, in its order. Kept here so that the list needs none of
-their modules, and with them numpy; a test holds it to their docstrings."""
+their modules, and with them numpy; a test holds it to their docstrings. For a group it is the help
+itself."""
 
 _FAULT: Final = 70  # EX_SOFTWARE of sysexits.h
 _UNREAD: Final = 141  # what a shell says of a process that SIGPIPE ended
@@ -117,16 +122,39 @@ def build() -> typer.Typer:
     return app
 
 
-def _function(name: str) -> Callable[..., None]:
-    function: Callable[..., None] = getattr(importlib.import_module(f"filigrane.cli.{name}"), name)
-    return function
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"filigrane.cli.{name}")
+
+
+def functions(name: str) -> dict[str, Callable[..., None]]:
+    """What a command runs, by the words that call it: 'trace', or 'bench embed', 'bench detect'."""
+    module = _module(name)
+    if (inside := _subcommands(module)) is None:
+        return {name: getattr(module, name)}
+    return {f"{name} {word}": function for word, function in inside.items()}
+
+
+def _subcommands(module: ModuleType) -> dict[str, Callable[..., None]] | None:
+    return getattr(module, "SUBCOMMANDS", None)
 
 
 def _command(name: str) -> Any:
-    function = _function(name)
-    app = _application()
-    app.command(name, help=_paragraphs(function))(function)
+    module = _module(name)
+    if (inside := _subcommands(module)) is None:
+        function = getattr(module, name)
+        app = _application()
+        app.command(name, help=_paragraphs(function))(function)
+    else:
+        app = _application()
+        # With a callback even a single command keeps its name.
+        app.callback(help=COMMANDS[name])(_nothing)
+        for word, function in inside.items():
+            app.command(word, help=_paragraphs(function))(function)
     return typer.main.get_command(app)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _paragraphs(function: Callable[..., None]) -> str:

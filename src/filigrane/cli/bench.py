@@ -1,38 +1,72 @@
-"""filigrane bench."""
+"""filigrane bench: its timings; the experiment `tradeoff` has a module of its own."""
 
 import json as json_module
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from filigrane.cli import render
 from filigrane.cli.options import Json
+from filigrane.cli.tradeoff import tradeoff
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-def bench(
-    what: Annotated[Literal["embed", "detect", "trace"], typer.Argument(help="What to time.")],
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Tiny sizes: shows that it runs, measures nothing.")
-    ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", "-o", metavar="FILE", help="Also write the JSON here.", show_default=False
-        ),
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Time a decoding step, a test or a trace beside what others do, on this machine.
+_Quick = Annotated[
+    bool, typer.Option("--quick", help="Tiny sizes: shows that it runs, measures nothing.")
+]
+_Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", "-o", metavar="FILE", help="Also write the JSON here.", show_default=False
+    ),
+]
 
-    embed needs torch, and compares with transformers if it is there. Takes up to three minutes;
-    leave the machine alone meanwhile.
+
+def embed(quick: _Quick = False, out: _Out = None, json: Json = False) -> None:
+    """Time a decoding step, with and without a mark, beside other tools'.
+
+    Needs torch, and compares with transformers if it is there. Takes up to three minutes; leave the
+    machine alone meanwhile.
 
     Exit codes: 0 done, 2 bad usage or a package is missing.
     """
+    _time("embed", quick, out, json)
+
+
+def detect(quick: _Quick = False, out: _Out = None, json: Json = False) -> None:
+    """Time a complete test of a text, and its parts, beside other tools'.
+
+    Compares with transformers if it is there. Takes about a minute; leave the machine alone
+    meanwhile.
+
+    Exit codes: 0 done, 2 bad usage or a package is missing.
+    """
+    _time("detect", quick, out, json)
+
+
+def trace(quick: _Quick = False, out: _Out = None, json: Json = False) -> None:
+    """Time one text against up to a million user keys.
+
+    Takes about a minute; leave the machine alone meanwhile.
+
+    Exit codes: 0 done, 2 bad usage or a package is missing.
+    """
+    _time("trace", quick, out, json)
+
+
+SUBCOMMANDS: Final[dict[str, Callable[..., None]]] = {
+    "embed": embed,
+    "detect": detect,
+    "trace": trace,
+    "tradeoff": tradeoff,
+}
+
+
+def _time(what: str, quick: bool, out: Path | None, json: bool) -> None:
     from importlib import import_module
 
     # A path that cannot be written is better found out before than after the minutes of a run.

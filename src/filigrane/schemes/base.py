@@ -80,8 +80,11 @@ class Scheme(ABC):
         return f"{self.name}:" + ",".join(f"{name}={value}" for name, value in values)
 
     @abstractmethod
-    def reweight(self, probs: Probs, block: Words) -> Probs:
-        """The marked law: probs (..., V) and block (..., 8) -> (..., V)."""
+    def reweight(self, probs: Probs, block: Words, ids: npt.ArrayLike | None = None) -> Probs:
+        """The marked law: probs (..., V) and block (..., 8) -> (..., V).
+
+        ids: (V,) the tokens that probs speak of, for laws on a support; None means 0 .. V - 1.
+        """
 
     @abstractmethod
     def score(self, block: Words, tokens: npt.ArrayLike) -> npt.NDArray[np.float64]:
@@ -133,6 +136,13 @@ def private_uniform(noise: Words) -> float:
     """53 private random bits in [0, 1), from two of the noise words."""
     high, low = int(noise[0]) >> 5, int(noise[1]) >> 6
     return float((high << 26 | low) * 2.0**-53)
+
+
+def all_ids(probs: Probs, ids: npt.ArrayLike | None) -> npt.NDArray[np.uint32]:
+    """The tokens that probs (..., V) speak of, (V,) uint32: ids, or 0 .. V - 1 for None."""
+    return (
+        np.arange(probs.shape[-1], dtype=np.uint32) if ids is None else np.asarray(ids, np.uint32)
+    )
 
 
 def one_hot(index: npt.NDArray[np.int64], vocab_size: int) -> Probs:

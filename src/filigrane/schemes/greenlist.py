@@ -16,6 +16,7 @@ from filigrane.schemes.base import (
     Probs,
     Scheme,
     Statistic,
+    all_ids,
     check_number,
 )
 
@@ -63,9 +64,9 @@ class GreenList(Scheme):
         green: npt.NDArray[np.bool_] = field(block[..., FIELD], tokens) < np.uint32(self.threshold)
         return green
 
-    def reweight(self, probs: Probs, block: Words) -> Probs:
+    def reweight(self, probs: Probs, block: Words, ids: npt.ArrayLike | None = None) -> Probs:
         """Tilt: p_w * exp(delta [w green]), renormalised; what the bias does at temperature 1."""
-        green = self.is_green(block[..., None, :], np.arange(probs.shape[-1]))
+        green = self.is_green(block[..., None, :], all_ids(probs, ids))
         tilted = np.where(green, probs * math.exp(self.delta), probs)
         marked: Probs = tilted / tilted.sum(axis=-1, keepdims=True)
         return marked

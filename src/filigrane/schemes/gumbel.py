@@ -8,7 +8,15 @@ import numpy.typing as npt
 
 from filigrane import stats
 from filigrane.prf import FIELD, Words, field, open_uniform, upper_uniform
-from filigrane.schemes.base import NO_TABLE, Candidates, Probs, Scheme, Statistic, one_hot
+from filigrane.schemes.base import (
+    NO_TABLE,
+    Candidates,
+    Probs,
+    Scheme,
+    Statistic,
+    all_ids,
+    one_hot,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,9 +33,9 @@ class Gumbel(Scheme):
     deterministic: ClassVar[bool] = True
     KIND: ClassVar[int] = 0
 
-    def reweight(self, probs: Probs, block: Words) -> Probs:
+    def reweight(self, probs: Probs, block: Words, ids: npt.ArrayLike | None = None) -> Probs:
         """One-hot at argmin_w E_w / p_w with E_w = -log(1 - x_w) ~ Exp(1)."""
-        x = open_uniform(field(block[..., None, FIELD], np.arange(probs.shape[-1])))
+        x = open_uniform(field(block[..., None, FIELD], all_ids(probs, ids)))
         with np.errstate(divide="ignore"):
             winner = np.argmax(np.log(probs) - np.log(-np.log1p(-x)), axis=-1)
         return one_hot(winner, probs.shape[-1])

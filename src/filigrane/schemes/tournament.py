@@ -15,6 +15,7 @@ from filigrane.schemes.base import (
     Probs,
     Scheme,
     Statistic,
+    all_ids,
     check_integer,
     private_uniform,
 )
@@ -67,9 +68,9 @@ class Tournament(Scheme):
         bits: npt.NDArray[np.uint32] = (numbers[..., None] >> layers) & np.uint32(1)
         return bits
 
-    def reweight(self, probs: Probs, block: Words) -> Probs:
+    def reweight(self, probs: Probs, block: Words, ids: npt.ArrayLike | None = None) -> Probs:
         """p_w <- p_w (1 + g_l(w) - G_l), G_l = sum_w p_w g_l(w), for l = 1 .. depth."""
-        bits = self.bits(block[..., None, :], np.arange(probs.shape[-1]))
+        bits = self.bits(block[..., None, :], all_ids(probs, ids))
         for layer in range(self.depth):
             g = bits[..., layer]
             probs = probs * (1.0 + g - (probs * g).sum(axis=-1, keepdims=True))

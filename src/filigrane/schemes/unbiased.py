@@ -19,16 +19,17 @@ from filigrane.schemes.base import (
     Probs,
     Scheme,
     Statistic,
+    all_ids,
     one_hot,
     private_uniform,
 )
 
 
 def _in_keyed_order(
-    probs: Probs, block: Words
+    probs: Probs, block: Words, ids: npt.ArrayLike | None
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Order of the tokens by keyed number and the cumulative probabilities in that order."""
-    order = np.argsort(field(block[..., None, FIELD], np.arange(probs.shape[-1])), axis=-1)
+    order = np.argsort(field(block[..., None, FIELD], all_ids(probs, ids)), axis=-1)
     return order, np.cumsum(np.take_along_axis(probs, order, axis=-1), axis=-1)
 
 
@@ -45,9 +46,9 @@ class DeltaReweight(Scheme):
     deterministic: ClassVar[bool] = True
     KIND: ClassVar[int] = 4
 
-    def reweight(self, probs: Probs, block: Words) -> Probs:
+    def reweight(self, probs: Probs, block: Words, ids: npt.ArrayLike | None = None) -> Probs:
         """One-hot at the first token, in keyed order, whose cumulative probability exceeds U."""
-        order, cumulative = _in_keyed_order(probs, block)
+        order, cumulative = _in_keyed_order(probs, block, ids)
         target = open_uniform(block[..., COIN])[..., None] * cumulative[..., -1:]
         rank = np.argmax(cumulative > target, axis=-1)[..., None]
         return one_hot(np.take_along_axis(order, rank, axis=-1)[..., 0], probs.shape[-1])
@@ -92,9 +93,9 @@ class GammaReweight(Scheme):
     deterministic: ClassVar[bool] = False
     KIND: ClassVar[int] = 3
 
-    def reweight(self, probs: Probs, block: Words) -> Probs:
+    def reweight(self, probs: Probs, block: Words, ids: npt.ArrayLike | None = None) -> Probs:
         """S(F_i) - S(F_(i-1)) with S(s) = max(2s - 1, 0), F cumulative in keyed order."""
-        order, cumulative = _in_keyed_order(probs, block)
+        order, cumulative = _in_keyed_order(probs, block, ids)
         upper = np.maximum(2.0 * cumulative / cumulative[..., -1:] - 1.0, 0.0)
         marked = np.empty_like(probs)
         np.put_along_axis(marked, order, np.diff(upper, axis=-1, prepend=0.0), axis=-1)

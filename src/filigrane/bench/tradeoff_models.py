@@ -1,0 +1,100 @@
+"""Target, draft and encoded prompts of a run, from the names that its settings give them.
+
+A draft is a model by its name, `ngram` (what followed the same words earlier in the text) or
+`skip:5,12` (the target without its layers 5 and 12, sharing all weights). Knows nothing of keys or
+methods.
+"""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Any, Final, cast
+
+import numpy as np
+
+from filigrane.bench.tradeoff import Models, Prompt, Settings
+from filigrane.errors import DraftError, FiligraneError
+from filigrane.speculative.drafts import NGram
+
+NGRAM: Final = "ngram"
+SKIP: Final = "skip:"
+
+
+def check_draft(name: str) -> None:
+    """Raise DraftError for a draft that says `skip` and no layers."""
+    if name.startswith(SKIP) and not re.fullmatch("[0-9]+(,[0-9]+)*", name.removeprefix(SKIP)):
+        raise DraftError(
+            "the draft skip:LAYERS leaves layers of the target out; write their numbers, counted "
+            "from 0, as in skip:5,12,17,26."
+        )
+
+
+def load_models(settings: Settings, prompts: Sequence[Prompt]) -> Models:
+    """Load what the settings name. Raises ModelError, DraftError or MissingDependency."""
+    from filigrane.adapters.models import DType, chat_prompt, load
+    from filigrane.adapters.transformers import TransformersModel, without_layers
+
+    check_draft(settings.draft)
+    dtype = cast("DType | None", settings.dtype)
+    loaded = load(settings.target, dtype=dtype, device=settings.device)
+    target = TransformersModel(loaded)
+    facts: dict[str, object] = {"target": _facts(loaded)}
+    draft: Any
+    if settings.draft == NGRAM:
+        draft = NGram()
+    elif settings.draft.startswith(SKIP):
+        layers = [int(number) for number in settings.draft.removeprefix(SKIP).split(",")]
+        small = without_layers(loaded.model, layers)
+        draft = TransformersModel(dataclasses.replace(loaded, model=small))
+    else:
+        other = load(settings.draft, dtype=dtype, device=settings.device)
+        draft = TransformersModel(other)
+        facts["draft"] = _facts(other)
+    encoded = [chat_prompt(loaded, prompt.text) for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if not ids.size:
+            raise FiligraneError(f"prompt {prompt.id!r} has no tokens; say what is to be written.")
+    # A chat model ends its turn with a token that its tokenizer knows and its weights may not.
+    ends = {loaded.tokenizer.eos_token_id, *target.stop_ids} - {None}
+    facts["stop"] = sorted(ends)
+    return Models(
+        target=target,
+        draft=draft,
+        prompts=encoded,
+        stop=tuple(sorted(ends)),
+        facts=facts,
+        device=_device(settings.device),
+    )
+
+
+def _device(name: str) -> str:
+    """The graphics card, if it is one that can say its name."""
+    import torch
+
+    return str(torch.cuda.get_device_name(name)) if name.startswith("cuda") else name
+
+
+def _facts(loaded: Any) -> dict[str, object]:
+    parameters = list(loaded.model.parameters())
+    return {
+        "name": loaded.name,
+        "vocab_size": loaded.vocab_size,
+        "tokenizer_sha256": loaded.tokenizer_sha256,
+        "parameters": sum(weights.numel() for weights in parameters),
+        "dtype": str(parameters[0].dtype).removeprefix("torch."),
+        "weights_sha256": weights_sha256(loaded.model),
+    }
+
+
+def weights_sha256(model: Any) -> str:
+    """SHA-256 (hex) of a model's parameters: name, type, shape and bytes of each, by name."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, weights in sorted(model.named_parameters()):
+        digest.update(f"{name} {weights.dtype} {tuple(weights.shape)}\n".encode())
+        # As bytes: numpy knows no bfloat16.
+        flat = weights.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+        digest.update(np.ascontiguousarray(flat).data)
+    return digest.hexdigest()
