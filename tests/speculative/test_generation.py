@@ -10,11 +10,10 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from keymaker import key_of
 from markov import Markov, law_of_texts, pair
 from scipy import stats as scipy_stats
 
-from filigrane import Gumbel, GammaReweight, Key, Sampling, Tournament, detect
+from filigrane import GammaReweight, Gumbel, Key, Sampling, Tournament, detect
 from filigrane.contexts import scored_positions
 from filigrane.errors import (
     DraftError,
@@ -38,6 +37,7 @@ from filigrane.speculative import (
 )
 from filigrane.speculative.laws import race
 from filigrane.toy import ZipfModel
+from keymaker import keys_from_seed
 
 ONE = Gumbel(context_width=1)
 TAGS = [
@@ -52,6 +52,10 @@ TAGS = [
 ]
 MARKING = [tag for tag in TAGS if method(tag).marks]
 """Every method, with every scheme it takes."""
+
+
+def key_of(seed: int, slots: int = 1) -> Key:
+    return keys_from_seed(seed, 1, slots)[0]
 
 
 def texts(
@@ -162,6 +166,7 @@ def acceptance_z(found: list[Speculated], tables: tuple[np.ndarray, np.ndarray])
     return float((kept - expected) / np.sqrt(variance))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tag", [t for t in TAGS if method(t).full_acceptance])
 def test_acceptance_is_that_of_plain_speculation(tag: str) -> None:
     tables = pair(5, seed=2)
@@ -169,12 +174,14 @@ def test_acceptance_is_that_of_plain_speculation(tag: str) -> None:
     assert abs(acceptance_z(found, tables)) < 4.0
 
 
+@pytest.mark.slow
 def test_the_acceptance_test_can_fail() -> None:
     tables = pair(5, seed=2)
-    found = texts("pfr:drafts=1@gumbel:context_width=1", tables, 400, 12, seed=3, draft_length=1)
+    found = texts("pfr:drafts=1@gumbel:context_width=1", tables, 900, 12, seed=3, draft_length=1)
     assert acceptance_z(found, tables) < -4.0
 
 
+@pytest.mark.slow
 def test_acceptance_of_the_coupled_race() -> None:
     """sum_w 1 / sum_v max(Q_v / Q_w, P_v / P_w), between (1 - TV) / (1 + TV) and 1 - TV."""
     p, q = pair(6, seed=8)
@@ -314,9 +321,7 @@ def test_another_drafter_changes_detection_little(tag: str) -> None:
 def test_no_two_uses_share_a_stream() -> None:
     """Keys of the streams of all schemes and methods differ, as do the blocks of one position."""
     key = key_of(0, slots=1)
-    labels = {
-        method(tag).scheme.label + stream for tag in TAGS for stream in method(tag).streams
-    }
+    labels = {method(tag).scheme.label + stream for tag in TAGS for stream in method(tag).streams}
     words = {key.prf_keys(label)[0].tobytes() for label in labels}
     assert len(words) == len(labels) >= 10
     seen: list[np.ndarray] = []
@@ -336,6 +341,7 @@ def test_no_two_uses_share_a_stream() -> None:
         assert len({block.tobytes() for block in blocks}) == 3
 
 
+@pytest.mark.slow
 def test_more_drafts_are_kept_more_often_at_the_same_strength() -> None:
     tables = pair(30, seed=5, sharpness=0.5)
     rate, nodes = [], []
@@ -343,9 +349,10 @@ def test_more_drafts_are_kept_more_often_at_the_same_strength() -> None:
         found = texts(f"pfr:drafts={drafts}", tables, 30, 80, draft_length=3)
         rate.append(sum(t.emitted.sum() for t in found) / sum(t.emitted.size for t in found))
         nodes.append(max(int(t.nodes.max()) for t in found))
-    assert rate[0] < rate[1] < rate[2] and nodes == [3, 5, 9]
+    assert rate[0] < rate[1] < rate[2] and nodes == [3, 6, 12]
 
 
+@pytest.mark.slow
 def test_block_verification_keeps_more() -> None:
     tables = pair(10, seed=5)
     rates = {}
@@ -485,7 +492,7 @@ def test_bad_input_is_refused_before_anything_is_generated() -> None:
 
     assert len(go()[0].tokens) == 10
     for value in (0, -1, 65):
-        with pytest.raises(DraftError, match="1..64"):
+        with pytest.raises(DraftError, match=r"1\.\.64"):
             go(draft_length=value)
     with pytest.raises(DraftError, match="needs a draft"):
         go(draft=None)
@@ -571,7 +578,7 @@ def test_methods_have_a_text_form() -> None:
         ("otcm", "Did you mean 'otmc'"),
         ("otmc:c=1", "no parameter 'c'"),
         ("frontier:c=x", "is not of type float"),
-        ("frontier:c=0.5", "c must be a number from 1"),
+        ("frontier:c=0.5", "c must be from 1"),
         ("pfr:drafts=0", "drafts must be an integer"),
         ("otmc@tournament", "its scheme is gumbel"),
         ("bv-skt@gamma", "gumbel"),

@@ -109,6 +109,16 @@ def tradeoff(
         typer.Option("--dtype", help="The checkpoint's own if not given.", show_default=False),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="Where the models run.")] = "cpu",
+    replay: Annotated[
+        int,
+        typer.Option(
+            "--replay",
+            min=0,
+            metavar="N",
+            help="Also decide N positions of the texts anew, under much noise: strength without "
+            "the luck of the draw. 0 is off.",
+        ),
+    ] = 0,
     json: Json = False,
 ) -> None:
     """Measure speed against strength: the same prompts and keys through every method.
@@ -123,7 +133,12 @@ def tradeoff(
     """
     names, lengths = _methods(methods), _lengths(draft_lengths)
     from filigrane.bench import tradeoff as experiment
-    from filigrane.bench import tradeoff_models, tradeoff_plots, tradeoff_summary
+    from filigrane.bench import (
+        tradeoff_models,
+        tradeoff_plots,
+        tradeoff_replay,
+        tradeoff_summary,
+    )
 
     tradeoff_plots.require()
     tradeoff_models.check_draft(draft)
@@ -148,11 +163,17 @@ def tradeoff(
     experiment.plan(settings)
     directory = experiment.RunDirectory(out)
     directory.open(settings, chosen)
+    models = None
     if experiment.missing(settings, chosen, directory):
-        _write(settings, chosen, directory, out)
+        models = _write(settings, chosen, directory, out)
+    again = directory.path / tradeoff_replay.REPLAY
+    if replay and not again.exists():
+        models = models or _load(settings, chosen)
+        with render.progress("positions") as report:
+            tradeoff_replay.run(settings, chosen, models, directory, replay, report)
     rows = [experiment.as_row(record) for record in directory.records()]
-    replay = tradeoff_summary.read_replay(directory.path / "replay.json")
-    summary = tradeoff_summary.summarise(rows, directory.settings, replay)
+    replayed = tradeoff_summary.read_replay(again)
+    summary = tradeoff_summary.summarise(rows, directory.settings, replayed)
     experiment.write(directory.path / "summary.json", tradeoff_summary.as_json(summary))
     experiment.write(directory.path / "summary.md", tradeoff_summary.markdown(summary))
     tradeoff_plots.draw(summary["rows"], directory.path)
@@ -213,12 +234,18 @@ def _from_file(path: str, form: Form) -> "list[Prompt]":
     return found
 
 
-def _write(settings: Any, prompts: "list[Prompt]", directory: Any, out: str) -> None:
-    from filigrane.bench.tradeoff import write_texts
+def _load(settings: Any, prompts: "list[Prompt]") -> Any:
     from filigrane.bench.tradeoff_models import load_models
 
     render.notice(f"loading {settings.target} and {settings.draft}")
-    models = load_models(settings, prompts)
+    return load_models(settings, prompts)
+
+
+def _write(settings: Any, prompts: "list[Prompt]", directory: Any, out: str) -> Any:
+    """Write what is missing; returns the models, which took long to load."""
+    from filigrane.bench.tradeoff import write_texts
+
+    models = _load(settings, prompts)
     key = directory.begin(models)
     try:
         with render.progress("texts") as report:
@@ -226,6 +253,7 @@ def _write(settings: Any, prompts: "list[Prompt]", directory: Any, out: str) -> 
     except BaseException:
         render.notice(f"what was written is safe in {out}; the same command continues from there")
         raise
+    return models
 
 
 def _show(rows: list[dict[str, Any]]) -> None:

@@ -63,3 +63,4 @@ class Autoregressive(Plain):
     name: ClassVar[str] = "autoregressive"
     reference: ClassVar[str] = ""
     drafted: ClassVar[bool] = False
+    full_acceptance: ClassVar[bool] = False
