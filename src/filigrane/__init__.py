@@ -8,6 +8,8 @@
     embedding   embed, embed_batch, stream, MarkedSampler               writing
     detection   detect                                                  proving
     tracing     trace                                                   attributing
+    speculative generate, Session, method                               writing with drafts
+    bayes       a trained score for tournament text                     proving, a little more
     adapters    transformers, torch, models                             optional, above the core
 
 The core sees token ids and numpy. Importing this package loads no framework.

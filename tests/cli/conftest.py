@@ -5,7 +5,7 @@ import re
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import filigrane as fg
 from filigrane.adapters import models
 from filigrane.cli.app import build
+from filigrane.errors import DraftError
 from filigrane.keys import MarkingKey
 from filigrane.toy import ZipfModel
 
@@ -39,13 +40,41 @@ class ToyTokenizer:
         return " ".join(f"w{i}" for i in ids)
 
 
+@dataclass(frozen=True)
+class ToyWeights:
+    """All that toy models differ in; skipping layers changes nothing else."""
+
+    exponent: float = 1.5
+    size: int = 1000
+    layers: int = 4
+
+
+TOYS = {"small": ToyWeights(1.2, 100), "large": ToyWeights(1.5, 1001)}
+"""The toys that are not like all others; `foreign` has another tokenizer."""
+
+
 class ToyLM(ZipfModel):
     """What TransformersModel is to a loaded model."""
 
     stop_ids = (0,)
 
     def __init__(self, loaded: Any) -> None:
-        super().__init__(VOCAB, 1.5)
+        super().__init__(VOCAB, loaded.model.exponent)
+        self._loaded = loaded
+
+    @property
+    def vocabulary(self) -> str:
+        return str(self._loaded.tokenizer_sha256)
+
+    @property
+    def size(self) -> int:
+        return int(self._loaded.model.size)
+
+
+def without_layers(weights: ToyWeights, layers: Sequence[int]) -> ToyWeights:
+    if max(layers) >= weights.layers:
+        raise DraftError(f"ToyWeights has layers 0 to {weights.layers - 1}.")
+    return replace(weights, layers=weights.layers - len(layers))
 
 
 @dataclass
@@ -157,9 +186,12 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     tokenizer = ToyTokenizer()
     facts = {"tokenizer_size": VOCAB, "tokenizer_sha256": "5" * 64, "tokenizer": tokenizer}
 
-    def load(name: str, *, device: str = "cpu") -> models.LoadedModel:
+    def load(name: str, *, dtype: None = None, device: str = "cpu") -> models.LoadedModel:
         asked.append(f"model {name}")
-        return models.LoadedModel(name=name, vocab_size=VOCAB, model=None, **facts)  # type: ignore[arg-type]
+        name = Path(name).name
+        other = {"tokenizer_sha256": "6" * 64} if name == "foreign" else {}
+        weights = TOYS.get(name, ToyWeights())
+        return models.LoadedModel(name=name, vocab_size=VOCAB, model=weights, **facts | other)  # type: ignore[arg-type]
 
     def load_tokenizer(name: str) -> models.LoadedTokenizer:
         asked.append(f"tokenizer {name}")
@@ -167,6 +199,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     module = types.ModuleType("filigrane.adapters.transformers")
     module.TransformersModel = ToyLM  # type: ignore[attr-defined]
+    module.without_layers = without_layers  # type: ignore[attr-defined]
     monkeypatch.setattr(models, "load", load)
     monkeypatch.setattr(models, "load_tokenizer", load_tokenizer)
     monkeypatch.setitem(sys.modules, "filigrane.adapters.transformers", module)

@@ -65,6 +65,9 @@ __all__ = [
     "without_layers",
 ]
 
+_SLACK: Final = 32
+"""Columns of padding that a cache may hold, besides a quarter of the text."""
+
 _OWN: Final = "Use filigrane.stream with TransformersModel, or plain generate."
 
 
@@ -281,7 +284,7 @@ class _Run(_Private):
             raise UnsupportedDecoding(
                 f"this way of generating cannot carry a mark: after {self._rows} rows of "
                 f"{self._length} tokens came {rows} of {length}. Assisted generation and prompt "
-                f"lookup do that: {_ASSISTED}. {_OWN}"
+                f"lookup do that: {_ASSISTED}. Use filigrane.speculative.generate."
             )
         self._length = length
         scheme = self._plan.scheme
@@ -382,8 +385,8 @@ class _State:
     """A batch between two reads.
 
     ids and mask: (batch, n) int64, a column that is masked out was padding or has been forgotten;
-    cache: the model's, None before the first read; whole: the cache cannot be cut back, so that all
-    is read anew each time; parents: (batch, open columns) int64, see BlockModel.read.
+    cache: the model's, None before the first read; whole: the cache cannot hold this state, so that
+    all is read anew each time; parents: (batch, open columns) int64, see BlockModel.read.
     """
 
     ids: torch.Tensor
@@ -403,7 +406,8 @@ class TransformersModel(BlockModel):
     (models pad their vocabulary) are -inf, so they are never drawn. Without a tokenizer nothing is
     masked.
     A state's cache grows in place, and is cut back in place where drafts are rejected. Models whose
-    cache cannot be cut (sliding windows, recurrent layers) read everything again: slow, and right.
+    cache cannot be cut (sliding windows, recurrent layers), or that would count columns of padding
+    between tokens, read everything again: slow, and right. Such models read no trees.
     Raises ModelError for encoder-decoder models, which `generation_kwargs` supports.
     """
 
@@ -422,6 +426,10 @@ class TransformersModel(BlockModel):
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._keeps_logits = "logits_to_keep" in accepted
+        # Told where tokens stand and free to look anywhere, a model minds no gaps between them.
+        self._minds_gaps = not (self._takes_positions and _full_attention(model.config))
+        attention = str(getattr(model.config, "_attn_implementation", None))
+        self._reads_trees = not self._minds_gaps and "flash" not in attention
         self._known = None if tokenizer is None else sorted(set(tokenizer.get_vocab().values()))
         self._unknown: torch.Tensor | None = None
 
@@ -435,6 +443,11 @@ class TransformersModel(BlockModel):
     def vocabulary(self) -> str | None:
         """See `BlockModel.vocabulary`: the tokenizer's fingerprint, of a loaded model."""
         return self._fingerprint
+
+    @property
+    def reads_trees(self) -> bool:
+        """See `BlockModel.reads_trees`: it takes full attention and masks of any shape."""
+        return self._reads_trees
 
     @property
     def size(self) -> int:
@@ -477,6 +490,12 @@ class TransformersModel(BlockModel):
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
         """See `BlockModel.read`. Raises VocabularyMismatch for ids that the model does not know."""
         self._refuse_unknown(tokens)
+        if parents is not None and not self._reads_trees:
+            raise ModelError(
+                f"{type(self.model).__name__} cannot read a tree of drafts: that takes full "
+                "attention, position_ids and a mask of any shape (no flash attention). Use a "
+                "method with one draft per position."
+            )
         device, columns = state.ids.device, tokens.shape[1]
         state.ids = torch.cat([state.ids, torch.from_numpy(np.asarray(tokens)).to(device)], dim=1)
         new = torch.from_numpy(np.asarray(valid, dtype=np.int64)).to(device)
@@ -513,38 +532,62 @@ class TransformersModel(BlockModel):
 
     def _forward(self, state: _State, columns: int, last: int) -> torch.Tensor:
         """Logits (batch, last, V) float32 of the newest columns."""
-        length = state.ids.shape[1]
-        first = 0 if state.whole or state.cache is None else length - columns
-        arguments: dict[str, Any] = {"use_cache": not state.whole, "return_dict": True}
-        if self._keeps_logits:  # the rest of the logits would only fill memory
-            arguments["logits_to_keep"] = last
-        attention, positions = state.mask, (state.mask.cumsum(dim=1) - 1).clamp_min(0)
+        if self._minds_gaps and bool((state.mask[:, 1:] < state.mask[:, :-1]).any()):
+            state.whole, state.cache = True, None
+        if state.whole:
+            return self._anew(state, last)
+        # Models that return no cache read everything again.
+        first = 0 if state.cache is None else state.ids.shape[1] - columns
+        attention, positions = state.mask, _positions(state.mask)[:, first:]
         if state.tree:
-            sees = self._sees(state)
+            sees = self._sees(state, first)
             positions = (sees.sum(dim=2) - 1).clamp_min(0)
             # Additive, because every attention takes it; finite, because padding sees nothing.
             dtype = self.model.dtype
-            attention = torch.zeros(sees[:, first:].shape, dtype=dtype, device=sees.device)
-            attention = attention.masked_fill(~sees[:, first:], torch.finfo(dtype).min)[:, None]
-        if self._takes_positions:
-            arguments["position_ids"] = positions[:, first:]
-        output = self.model(
-            input_ids=state.ids[:, first:],
-            attention_mask=attention,
-            past_key_values=None if state.whole else state.cache,
-            **arguments,
-        )
-        # Models without a cache of this kind read everything again.
-        state.cache = None if state.whole else getattr(output, "past_key_values", None)
+            attention = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
+            attention = attention.masked_fill(~sees, torch.finfo(dtype).min)[:, None]
+        output = self._call(state.ids[:, first:], attention, positions, last, state.cache, True)
+        state.cache = getattr(output, "past_key_values", None)
         return output.logits[:, -last:].to(torch.float32)
 
-    def _sees(self, state: _State) -> torch.Tensor:
-        """Which column attends to which, (batch, n, n) bool: settled text, ancestors, itself."""
-        if not self._full_attention():
-            raise ModelError(
-                f"{type(self.model).__name__} does not attend to its whole text, so it cannot "
-                "read a tree of drafts; use a method with one draft per position."
-            )
+    def _anew(self, state: _State, last: int) -> torch.Tensor:
+        """Logits (batch, last, V) float32, from texts without gaps and without a cache."""
+        order = state.mask.argsort(dim=1, stable=True)  # padding first, the text in its order
+        width = max(1, int(state.mask.sum(dim=1).max()))
+        ids = state.ids.gather(1, order)[:, -width:]
+        mask = state.mask.gather(1, order)[:, -width:]
+        kept = min(last, width)
+        output = self._call(ids, mask, _positions(mask), kept, None, False)
+        logits = output.logits[:, -kept:].to(torch.float32)
+        # A column stands before as many ends as there are valid columns from it on.
+        newest = state.mask[:, -last:]
+        from_end = newest.flip(1).cumsum(dim=1).flip(1)
+        places = (kept - from_end).clamp(0, kept - 1)
+        return logits.gather(1, places[:, :, None].expand(-1, -1, logits.shape[2]))
+
+    def _call(
+        self,
+        ids: torch.Tensor,
+        attention: torch.Tensor,
+        positions: torch.Tensor,
+        last: int,
+        cache: Any,
+        use_cache: bool,
+    ) -> Any:
+        arguments: dict[str, Any] = {"use_cache": use_cache, "return_dict": True}
+        if self._keeps_logits:  # the rest of the logits would only fill memory
+            arguments["logits_to_keep"] = last
+        if self._takes_positions:
+            arguments["position_ids"] = positions
+        return self.model(
+            input_ids=ids, attention_mask=attention, past_key_values=cache, **arguments
+        )
+
+    def _sees(self, state: _State, first: int) -> torch.Tensor:
+        """What columns from `first` on attend to: settled text, ancestors, itself.
+
+        (batch, n - first, n) bool.
+        """
         batch, length = state.ids.shape
         opened = state.parents.shape[1]
         start = length - opened
@@ -555,15 +598,12 @@ class TransformersModel(BlockModel):
             inherited = seen[rows, parent] & (parent >= 0)[:, None]
             seen[:, column] = inherited
             seen[:, column, column] = True
-        whole = torch.ones((length, length), dtype=torch.bool, device=state.ids.device).tril()
-        sees = whole.expand(batch, length, length).clone()
-        sees[:, start:, start:] = torch.from_numpy(seen).to(sees.device)
+        columns = torch.arange(length, device=state.ids.device)
+        sees = (columns <= columns[first:, None]).expand(batch, -1, -1).clone()
+        since = max(first, start)
+        newest = torch.from_numpy(seen[:, since - start :])
+        sees[:, since - first :, start:] = newest.to(sees.device)
         return sees & state.mask.bool()[:, None, :]
-
-    def _full_attention(self) -> bool:
-        """Whether every layer keeps the keys and values of the whole text, column by column."""
-        layers = DynamicCache(config=self.model.config).layers
-        return all(type(layer) is DynamicLayer for layer in layers)
 
     @torch.inference_mode()
     def keep(self, state: _State, kept: Mask) -> None:
@@ -600,8 +640,29 @@ class TransformersModel(BlockModel):
                 layer.values[:, :, start:] = layer.values[:, :, start:].gather(2, index)
         state.ids = state.ids[:, : start + end]
         state.mask = torch.cat([state.mask[:, :start], mask[:, :end]], dim=1)
-        if not state.whole and end < opened:
+        if state.whole or end == opened:
+            return
+        if start + end:
             state.cache.crop(end - opened)
+            self._close_gaps(state)
+        else:  # a cache of no columns would still insist on its number of rows
+            state.cache = None
+
+    def _close_gaps(self, state: _State) -> None:
+        """Move texts together where much of a batch is gaps: rows keep different numbers of drafts.
+
+        Keys know their positions, so they can stand in any column. Moving costs what a read costs
+        that appends to the cache, and is done once in many reads.
+        """
+        columns, longest = state.mask.shape[1], int(state.mask.sum(dim=1).max())
+        if columns <= 1.25 * longest + _SLACK:
+            return
+        order = state.mask.argsort(dim=1, stable=True)[:, -longest:]
+        state.ids, state.mask = state.ids.gather(1, order), state.mask.gather(1, order)
+        index = order[:, None, :, None]
+        for layer in state.cache.layers:
+            layer.keys = torch.take_along_dim(layer.keys, index, dim=2)
+            layer.values = torch.take_along_dim(layer.values, index, dim=2)
 
     @torch.inference_mode()
     def select(self, state: _State, rows: np.ndarray[Any, np.dtype[np.int64]]) -> None:
@@ -613,6 +674,20 @@ class TransformersModel(BlockModel):
             state.cache.batch_select_indices(chosen)
 
 
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    """Where tokens stand in their texts: (batch, n) -> (batch, n) int64; padding is anywhere."""
+    return (mask.cumsum(dim=1) - 1).clamp_min(0)
+
+
+def _full_attention(config: Any) -> bool:
+    """Whether every layer keeps the keys and values of the whole text, column by column."""
+    try:
+        layers = DynamicCache(config=config).layers
+    except (AttributeError, KeyError, TypeError):  # not known to transformers: assume nothing
+        return False
+    return all(type(layer) is DynamicLayer for layer in layers)
+
+
 def without_layers(model: Any, layers: Sequence[int]) -> Any:
     """The same model without some of its layers: a draft that costs no memory for weights.
 
@@ -621,6 +696,11 @@ def without_layers(model: Any, layers: Sequence[int]) -> Any:
     transformers model; raises DraftError if the model has no list of layers or none like these.
     """
     total = len(getattr(getattr(model, "model", None), "layers", ()))
+    if not total:
+        raise DraftError(
+            f"{type(model).__name__} has no list of layers at model.layers. Pass a transformers "
+            "model that has one (of a loaded model, its .model), or another model as the draft."
+        )
     out = set(layers)
     if not out or not out < set(range(total)):
         raise DraftError(
@@ -633,7 +713,9 @@ def without_layers(model: Any, layers: Sequence[int]) -> Any:
     keep = [number for number in range(total) if number not in out]
     small.model.layers = torch.nn.ModuleList([small.model.layers[i] for i in keep])
     for number, layer in enumerate(small.model.layers):
-        layer.self_attn.layer_idx = number
+        for part in layer.modules():  # some families ask the layer, some its attention
+            if hasattr(part, "layer_idx"):
+                part.layer_idx = number
     small.config.num_hidden_layers = len(keep)
     kinds = getattr(small.config, "layer_types", None)
     if kinds is not None:

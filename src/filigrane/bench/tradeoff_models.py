@@ -1,56 +1,32 @@
 """Target, draft and encoded prompts of a run, from the names that its settings give them.
 
-A draft is a model by its name, `ngram` (what followed the same words earlier in the text) or
-`skip:5,12` (the target without its layers 5 and 12, sharing all weights). Knows nothing of keys or
-methods.
+What a draft may be called: `adapters.drafts`. Knows nothing of keys or methods.
 """
 
-import dataclasses
 import hashlib
-import re
 from collections.abc import Sequence
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import numpy as np
 
 from filigrane.bench.tradeoff import Models, Prompt, Settings
-from filigrane.errors import DraftError, FiligraneError
-from filigrane.speculative.drafts import NGram
-
-NGRAM: Final = "ngram"
-SKIP: Final = "skip:"
-
-
-def check_draft(name: str) -> None:
-    """Raise DraftError for a draft that says `skip` and no layers."""
-    if name.startswith(SKIP) and not re.fullmatch("[0-9]+(,[0-9]+)*", name.removeprefix(SKIP)):
-        raise DraftError(
-            "the draft skip:LAYERS leaves layers of the target out; write their numbers, counted "
-            "from 0, as in skip:5,12,17,26."
-        )
+from filigrane.errors import FiligraneError
 
 
 def load_models(settings: Settings, prompts: Sequence[Prompt]) -> Models:
     """Load what the settings name. Raises ModelError, DraftError or MissingDependency."""
+    from filigrane.adapters.drafts import check_draft, load_draft
     from filigrane.adapters.models import DType, chat_prompt, load
-    from filigrane.adapters.transformers import TransformersModel, without_layers
+    from filigrane.adapters.transformers import TransformersModel
 
     check_draft(settings.draft)
     dtype = cast("DType | None", settings.dtype)
     loaded = load(settings.target, dtype=dtype, device=settings.device)
     target = TransformersModel(loaded)
     facts: dict[str, object] = {"target": _facts(loaded)}
-    draft: Any
-    if settings.draft == NGRAM:
-        draft = NGram()
-    elif settings.draft.startswith(SKIP):
-        layers = [int(number) for number in settings.draft.removeprefix(SKIP).split(",")]
-        small = without_layers(loaded.model, layers)
-        draft = TransformersModel(dataclasses.replace(loaded, model=small))
-    else:
-        other = load(settings.draft, dtype=dtype, device=settings.device)
-        draft = TransformersModel(other)
-        facts["draft"] = _facts(other)
+    draft = load_draft(settings.draft, loaded, dtype=dtype, device=settings.device)
+    if draft.loaded is not None:
+        facts["draft"] = _facts(draft.loaded)
     encoded = [chat_prompt(loaded, prompt.text) for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not ids.size:
@@ -60,7 +36,7 @@ def load_models(settings: Settings, prompts: Sequence[Prompt]) -> Models:
     facts["stop"] = sorted(ends)
     return Models(
         target=target,
-        draft=draft,
+        draft=draft.source,
         prompts=encoded,
         stop=tuple(sorted(ends)),
         facts=facts,

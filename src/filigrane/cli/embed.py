@@ -1,23 +1,30 @@
 """filigrane embed."""
 
 import hashlib
-import json as jsonlib
 import os
 import secrets
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
 
 from filigrane.cli import records, render
+from filigrane.cli.embed_records import DRAFT_SETTINGS, Made, Sink, open_sink
 from filigrane.cli.options import Form, Format, Json, KeyFile, Keyring, User
-from filigrane.cli.records import Place, Problem
+from filigrane.cli.records import Problem
 from filigrane.cli.secrets import for_user, looks_like_key, read_key, refuse_unused_key
-from filigrane.embedding import MarkedSampler, Sampling, embed_batch, refuse_unmarkable, stream
+from filigrane.embedding import (
+    Generated,
+    MarkedSampler,
+    Sampling,
+    embed_batch,
+    refuse_unmarkable,
+    stream,
+)
 from filigrane.errors import FiligraneError, RecordError
 from filigrane.keys import MarkingKey
 from filigrane.schemes import Gumbel, Scheme, from_tag
@@ -25,18 +32,10 @@ from filigrane.schemes import Gumbel, Scheme, from_tag
 if TYPE_CHECKING:
     from filigrane.adapters.models import LoadedModel
     from filigrane.adapters.transformers import TransformersModel
+    from filigrane.cli.embed_drafts import Drafts
 
 _SAMPLING = "Sampling"
-_RECORD_START = b'{"id": '
-_SETTINGS = (
-    "scheme",
-    "key",
-    "key_fingerprint",
-    "sampling",
-    "model",
-    "tokenizer_sha256",
-    "vocab_size",
-)
+_DRAFTS = "Speculative sampling"
 
 
 def embed(
@@ -103,6 +102,39 @@ def embed(
             show_default=False,
         ),
     ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            "--draft",
+            metavar="MODEL|ngram|skip:LAYERS",
+            help="Write several tokens per call of the model, drafted by a smaller one of the same "
+            "vocabulary; by the text so far; or by the model without some layers, as "
+            "skip:5,12,17,26.",
+            rich_help_panel=_DRAFTS,
+            show_default=False,
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            metavar="NAME",
+            help="How drafts are judged, e.g. otmc or pfr:drafts=4. otmc for gumbel, plain for "
+            "--unmarked if not given.",
+            rich_help_panel=_DRAFTS,
+            show_default=False,
+        ),
+    ] = None,
+    draft_length: Annotated[
+        int | None,
+        typer.Option(
+            "--draft-length",
+            metavar="K",
+            help="Tokens drafted per call of the model, 1 to 64; 4 if not given.",
+            rich_help_panel=_DRAFTS,
+            show_default=False,
+        ),
+    ] = None,
     batch_size: Annotated[
         int, typer.Option("--batch-size", "-b", min=1, help="Prompts written at a time.")
     ] = 8,
@@ -124,7 +156,9 @@ def embed(
 
     --prompt streams to the terminal; --out FILE collects records with tokens, text and everything
     that a detector needs, and continues where an interrupted run stopped. With --json and without
-    --out, the records go to stdout, one a line. Neither holds the secret.
+    --out, the records go to stdout, one a line. Neither holds the secret. With --draft the
+    model reads several tokens per call; the law of the text and how its mark is found stay the
+    same.
 
     Exit codes: 0 everything written; 2 bad usage, or nothing could be written; 3 some prompts could
     not be read, the others were written; 130 interrupted.
@@ -133,6 +167,9 @@ def embed(
     test, key, fingerprint = _mark(scheme, key_file, keyring, user, unmarked)
     if key is not None:
         refuse_unmarkable(test, sampling)
+    from filigrane.cli import embed_drafts
+
+    drafting = embed_drafts.choose(draft, method, draft_length, test, marked=key is not None)
     if out == "-":
         raise FiligraneError("--out takes a file; --json without --out writes records to stdout.")
     if out is not None and not os.path.isdir(folder := os.path.dirname(out) or "."):
@@ -151,8 +188,9 @@ def embed(
         },
     }
     n_prompts = len(todo)
-    made = _Made.read(out) if out is not None else _Made()
-    made.check(facts)
+    made = Made.read(out) if out is not None else Made()
+    # A field that a record lacks is None: no drafts are a setting, too.
+    made.check(facts | (dict.fromkeys(DRAFT_SETTINGS) if drafting is None else drafting.settings))
     todo = [item for item in todo if item.identity not in made.done]
     skipped = n_prompts - len(todo)
     if skipped:
@@ -170,15 +208,18 @@ def embed(
             "tokenizer_sha256": loaded.tokenizer_sha256,
             "vocab_size": loaded.vocab_size,
         }
+        drafts = None if drafting is None else drafting.load(loaded, lm, device)
+        if drafts is not None:
+            facts |= drafts.settings
         made.check(facts)
-        writer = _Writer(loaded, lm, test, key, sampling, max_new_tokens, raw, facts)
+        writer = _Writer(loaded, lm, drafts, test, key, sampling, max_new_tokens, raw, facts)
+        entropy = secrets.randbits(128) if seed is None else seed
         if out is None and not json and prompt is not None:
-            # Fresh entropy if there is no seed.
-            writer.show(todo[0], np.random.default_rng(seed))
+            writer.show(todo[0], _randomness(entropy, todo[0]))
             written = 1
         else:
-            with _sink(out, made, json=json) as sink:
-                written = _write(writer, todo, seed, batch_size, sink, out)
+            with open_sink(out, made, json=json) as sink:
+                written = _write(writer, todo, entropy, batch_size, sink, out)
     if json and out is not None:
         render.dump(
             {
@@ -276,89 +317,17 @@ def _prompt(number: int, record: records.Record) -> _Prompt | Problem:
     return _Prompt(number, number if name is None else name, text, record.from_json)
 
 
-# ---------------------------------------------------------------- what was made before
-
-
-class _Made:
-    """The records that an output file holds already."""
-
-    def __init__(self) -> None:
-        self.done: set[tuple[int | str, str]] = set()
-        self._settings: list[tuple[Place, dict[str, object]]] = []
-        self._keep: int | None = None
-        self._newline = False
-        self._path = ""
-        self._lines = 0
-
-    @classmethod
-    def read(cls, path: str) -> "_Made":
-        """Raises RecordError if the file holds anything but records that embed wrote."""
-        made = cls()
-        made._path = path
-        if not os.path.exists(path) or os.path.getsize(path) == 0:
-            return made
-        made._find_tail(path)
-        for item in records.read([path], "jsonl", plain="text"):
-            if isinstance(item, Problem):
-                if made._keep is not None and item.place.line == made._lines:
-                    continue  # the half record that `prepare` is going to drop
-                raise RecordError(f"{item}; --out is not a file that embed wrote. Choose another.")
-            name, digest = records.name_field(item), item.fields.get("prompt_sha256")
-            if not isinstance(name, int | str) or not isinstance(digest, str):
-                raise RecordError(
-                    f"{item.place}: --out is not a file that embed wrote. Choose another."
-                )
-            made.done.add((name, digest))
-            settings = {field: item.fields.get(field) for field in _SETTINGS}
-            if not made._settings or made._settings[-1][1] != settings:
-                made._settings.append((item.place, settings))
-        return made
-
-    def _find_tail(self, path: str) -> None:
-        """A run that was killed may have left half a line: remember where it begins."""
-        end, tail = 0, b""
-        with open(path, "rb") as file:
-            for line in file:
-                self._lines += 1
-                tail = b"" if line.endswith(b"\n") else line
-                end += len(line)
-        if tail:
-            try:
-                jsonlib.loads(tail)
-                self._newline = True
-            except ValueError:
-                if tail.startswith(_RECORD_START):
-                    self._keep = end - len(tail)
-
-    def check(self, facts: Mapping[str, object]) -> None:
-        """Raise RecordError if the file was made with other settings, as far as they are known."""
-        for place, settings in self._settings:
-            for name, value in facts.items():
-                if settings[name] != value:
-                    raise RecordError(
-                        f"{place} was made with {name} {jsonlib.dumps(settings[name])}, now it is "
-                        f"{jsonlib.dumps(value)}; choose another --out file."
-                    )
-
-    def prepare(self, file: BinaryIO) -> None:
-        """Make the end of the file a place to append to."""
-        if self._keep is not None:
-            file.truncate(self._keep)
-            render.notice(f"{self._path}: dropped the unfinished last line of an earlier run")
-        elif self._newline:
-            file.write(b"\n")
-
-
 # ---------------------------------------------------------------- writing
 
 
 class _Writer:
-    """A model, a mark and the settings they are used with."""
+    """A model, perhaps with a draft, a mark and the settings they are used with."""
 
     def __init__(
         self,
         loaded: "LoadedModel",
         lm: "TransformersModel",
+        drafts: "Drafts | None",
         scheme: Scheme,
         key: MarkingKey | None,
         sampling: Sampling,
@@ -366,7 +335,7 @@ class _Writer:
         raw: bool,
         facts: Mapping[str, object],
     ) -> None:
-        self._loaded, self._lm = loaded, lm
+        self._loaded, self._lm, self._drafts = loaded, lm, drafts
         self._scheme, self._key, self._sampling = scheme, key, sampling
         self._max_new_tokens, self._raw, self._facts = max_new_tokens, raw, facts
         # A chat model ends its turn with a token that its tokenizer knows and its weights may not.
@@ -386,14 +355,34 @@ class _Writer:
 
     def show(self, prompt: _Prompt, rng: np.random.Generator) -> None:
         """Stream one text to stdout."""
-        sampler = MarkedSampler(self._scheme, [self._key], sampling=self._sampling, rng=rng)
+        ids = self._ids(prompt.text)
+        speed = ""
+        if self._drafts is None:
+            sampler = MarkedSampler(self._scheme, [self._key], sampling=self._sampling, rng=rng)
+            steps = stream(self._lm, [ids], self._max_new_tokens, sampler, stop=self._stop)
+            n_tokens = self._echo([int(step[0])] for step in steps)
+            n_marked = sum(sampler.marked[0])
+        else:
+            session = self._drafts.session(
+                [ids], self._max_new_tokens, self._key, rng, self._sampling, self._stop
+            )
+            n_tokens = self._echo(step[0].tolist() for step in session)
+            text = session.results()[0]
+            n_marked = text.n_marked
+            speed = f", {text.tokens_per_call:.2f} tokens per target call"
+        mark = "no mark"
+        if self._key is not None:
+            mark = f"{n_marked} marked, {self._scheme.tag}, key {self._key.name}"
+        render.notice(f"{n_tokens} tokens, {mark}{speed}")
+        _warn_of_bare(int(self._key is not None and n_marked == 0), 1)
+
+    def _echo(self, steps: Iterable[list[int]]) -> int:
+        """Show tokens as they come; returns how many came."""
         tokens: list[int] = []
         shown = ""
         try:
-            for step in stream(
-                self._lm, [self._ids(prompt.text)], self._max_new_tokens, sampler, stop=self._stop
-            ):
-                tokens.append(int(step[0]))
+            for step in steps:
+                tokens += step
                 text = self._decode(tokens)
                 # A character may take several tokens; it is shown when it is whole.
                 if text.startswith(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -405,28 +394,14 @@ class _Writer:
         finally:
             sys.stdout.write("\n")
             sys.stdout.flush()
-        mark = "no mark"
-        n_marked = sum(sampler.marked[0])
-        if self._key is not None:
-            mark = f"{n_marked} marked, {self._scheme.tag}, key {self._key.name}"
-        render.notice(f"{len(tokens)} tokens, {mark}")
-        _warn_of_bare(int(self._key is not None and n_marked == 0), 1)
+        return len(tokens)
 
     def batch(
         self, prompts: Sequence[_Prompt], rng: np.random.Generator
     ) -> Iterator[dict[str, object]]:
         """Records of one batch."""
-        texts = embed_batch(
-            self._lm,
-            [self._ids(prompt.text) for prompt in prompts],
-            self._max_new_tokens,
-            [self._key] * len(prompts),
-            self._scheme,
-            rng=rng,
-            sampling=self._sampling,
-            stop=self._stop,
-        )
-        for prompt, written in zip(prompts, texts, strict=True):
+        texts, calls = self._generate([self._ids(prompt.text) for prompt in prompts], rng)
+        for prompt, written, speed in zip(prompts, texts, calls, strict=True):
             tokens = written.tokens.tolist()
             stopped = bool(tokens) and tokens[-1] in self._stop
             yield {
@@ -437,8 +412,35 @@ class _Writer:
                 "tokens": tokens,
                 "n_marked": written.n_marked,
                 **self._facts,
+                **speed,
                 "finish_reason": "stop" if stopped else "length",
             }
+
+    def _generate(
+        self, prompts: Sequence[Any], rng: np.random.Generator
+    ) -> tuple[Sequence[Generated], list[dict[str, object]]]:
+        """Texts, and what else their records say of each."""
+        if self._drafts is None:
+            texts = embed_batch(
+                self._lm,
+                prompts,
+                self._max_new_tokens,
+                [self._key] * len(prompts),
+                self._scheme,
+                rng=rng,
+                sampling=self._sampling,
+                stop=self._stop,
+            )
+            return texts, [{} for _ in texts]
+        drafted = self._drafts.generate(
+            prompts, self._max_new_tokens, self._key, rng, self._sampling, self._stop
+        )
+        return drafted, [{"tokens_per_call": text.tokens_per_call} for text in drafted]
+
+
+def _randomness(entropy: int, first: _Prompt) -> np.random.Generator:
+    """Of a batch, by number: a run that continues does not repeat what the first one drew."""
+    return np.random.default_rng([entropy, first.number])
 
 
 def _progress(out: str | None) -> AbstractContextManager[render.Report]:
@@ -451,21 +453,18 @@ def _progress(out: str | None) -> AbstractContextManager[render.Report]:
 def _write(
     writer: _Writer,
     todo: Sequence[_Prompt],
-    seed: int | None,
+    entropy: int,
     batch_size: int,
-    sink: "_Sink",
+    sink: Sink,
     out: str | None,
 ) -> int:
     written = bare = 0
-    entropy = secrets.randbits(128) if seed is None else seed
     try:
         with _progress(out) as report:
             report(0, len(todo), "writing")
             for start in range(0, len(todo), batch_size):
                 batch = todo[start : start + batch_size]
-                # By number, so that a run that continues does not repeat what the first one drew.
-                rng = np.random.default_rng([entropy, batch[0].number])
-                made = list(writer.batch(batch, rng))
+                made = list(writer.batch(batch, _randomness(entropy, batch[0])))
                 sink.put(made)
                 written += len(batch)
                 bare += sum(row["key"] is not None and row["n_marked"] == 0 for row in made)
@@ -491,37 +490,3 @@ def _warn_of_bare(bare: int, total: int) -> None:
             else "this text carries no mark at all: no token of it was marked; allow more tokens "
             "(--max-new-tokens)"
         )
-
-
-class _Sink:
-    """Where records go: a file that is appended to, stdout as JSON, or stdout for people."""
-
-    def __init__(self, file: BinaryIO | None, *, json: bool) -> None:
-        self._file, self._json = file, json
-
-    def put(self, batch: Sequence[Mapping[str, object]]) -> None:
-        """Write records so that they survive whatever comes next."""
-        if self._file is not None:
-            for record in batch:
-                line = jsonlib.dumps(record, ensure_ascii=False, allow_nan=False)
-                self._file.write(line.encode("utf-8") + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            return
-        for record in batch:
-            if self._json:
-                render.dump(record)
-            else:
-                text = render.clean(str(record["text"]), keep="\n\t")
-                sys.stdout.write(f"--- {render.clean(str(record['id']))}\n{text}\n\n")
-                sys.stdout.flush()
-
-
-@contextmanager
-def _sink(path: str | None, made: _Made, *, json: bool) -> Iterator[_Sink]:
-    if path is None:
-        yield _Sink(None, json=json)
-        return
-    with open(path, "ab") as file:
-        made.prepare(file)
-        yield _Sink(file, json=json)

@@ -132,16 +132,12 @@ def tradeoff(
     kept).
     """
     names, lengths = _methods(methods), _lengths(draft_lengths)
+    from filigrane.adapters.drafts import check_draft
     from filigrane.bench import tradeoff as experiment
-    from filigrane.bench import (
-        tradeoff_models,
-        tradeoff_plots,
-        tradeoff_replay,
-        tradeoff_summary,
-    )
+    from filigrane.bench import tradeoff_plots, tradeoff_replay, tradeoff_summary
 
     tradeoff_plots.require()
-    tradeoff_models.check_draft(draft)
+    check_draft(draft)
     chosen = _prompts(task, form, prompts)
     settings = experiment.Settings(
         target=target,

@@ -98,11 +98,13 @@ def method(text: str, scheme: Scheme | None = None) -> Method:
     kind = METHODS[name]
     types = {f.name: type(f.default) for f in dataclasses.fields(kind) if f.name != "scheme"}
     values: dict[str, int | float] = {}
-    for item in rest.split(",") if rest else []:
+    for item in rest.split(",") if ":" in head else []:
         parameter, _, value = (part.strip() for part in item.partition("="))
         if parameter not in types:
             known = ", ".join(types) or "no parameters"
             raise SchemeError(f"{name} has no parameter {parameter!r}. It takes: {known}.")
+        if parameter in values:
+            raise SchemeError(f"{name}: {parameter} is given twice.")
         whole = types[parameter] is int
         if not re.fullmatch(r"[0-9]+" if whole else r"[0-9]*\.?[0-9]+(e-?[0-9]+)?|inf", value):
             raise SchemeError(

@@ -8,6 +8,7 @@ Noise of a position is keyed where the rule of `contexts` lets it be marked, and
 A method sees no difference and needs none: with private noise every rule here draws from P.
 """
 
+import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
@@ -113,9 +114,16 @@ class Method(ABC):
         return 1
 
     @property
+    def form(self) -> str:
+        """Name and parameters, without the scheme: 'otmc', 'pfr:drafts=2'."""
+        names = [f.name for f in dataclasses.fields(self) if f.name != "scheme"]
+        values = ",".join(f"{name}={getattr(self, name)}" for name in names)
+        return self.name + (f":{values}" if values else "")
+
+    @property
     def tag(self) -> str:
         """Text form that `speculative.method` reads back, 'otmc@gumbel:context_width=4'."""
-        return f"{self.name}@{self.scheme.tag}"
+        return f"{self.form}@{self.scheme.tag}"
 
     def propose(self, q: Law, noise: Noise, rng: np.random.Generator) -> list[tuple[int, float]]:
         """Draft tokens at a position, best first, each with its gap to the best (0.0 for that).
@@ -174,7 +182,8 @@ class RaceMethod(TokenMethod):
         if not isinstance(self.scheme, Gumbel):
             raise SchemeError(
                 f"{self.name} is a rule about races: its scheme is gumbel, not {self.scheme.name}. "
-                "For other schemes there are mws, mse, two-key and keyed-coin."
+                "For other schemes there are mws, mse and (with detectors of their own) two-key, "
+                "keyed-coin."
             )
 
     def _propose(self, q: Law, noise: Noise, rng: np.random.Generator) -> int:

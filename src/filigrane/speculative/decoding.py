@@ -43,7 +43,7 @@ class Speculated(Generated):
     tokens kept, and offered on the longest path; nodes: draft tokens that the target read; all
     (blocks,) int64. One target call per block. log_probs: (n,) float64, log P of each token under
     the target's law after temperature, top-k and top-p; seconds: (blocks,) float64, when each block
-    was ready, since the start.
+    was ready, of the time spent writing.
     """
 
     method: str
@@ -53,6 +53,11 @@ class Speculated(Generated):
     nodes: Counts
     log_probs: npt.NDArray[np.float64]
     seconds: npt.NDArray[np.float64]
+
+    @property
+    def tokens_per_call(self) -> float:
+        """Tokens of this text per call of the target; 0.0 for an empty text."""
+        return int(self.emitted.sum()) / max(1, self.emitted.shape[0])
 
 
 @dataclass(slots=True, repr=False)
@@ -94,7 +99,8 @@ class Session:
     """A batch that is being written. Iterate for the new tokens of every block, as they come.
 
     Each step yields one (n_i,) int64 array per prompt, empty for texts that have ended; `results`
-    says at any time what has been written so far. Arguments: see `generate`.
+    says at any time what has been written so far, also when a step has failed. Iterating again goes
+    on where the last time stopped. Arguments: see `generate`.
     """
 
     def __init__(
@@ -149,6 +155,8 @@ class Session:
                 zip(texts, keys, slots or [None] * len(texts), rng.spawn(len(texts)), strict=True)
             )
         ]
+        for row in self._rows:
+            row.done = self._limit <= 0
 
     def __repr__(self) -> str:
         return f"Session({self.method.tag!r}, rows={len(self._rows)})"
@@ -167,13 +175,14 @@ class Session:
         return np.stack(words).view(SecretWords)
 
     def __iter__(self) -> Iterator[list[TokenIds]]:
-        """Write; can be iterated once."""
-        start = time.perf_counter()
-        active = [row for row in self._rows if self._limit > 0]
+        """Write on, from wherever the texts stand."""
+        before = max((row.seconds[-1] for row in self._rows if row.seconds), default=0.0)
+        start = time.perf_counter() - before
+        active = [row for row in self._rows if not row.done]
         if not active:
             return
         state = self._target.open(len(active))
-        pending = [list(row.prompt) for row in active]
+        pending = [row.prompt + row.tokens for row in active]
         if self._drafter is not None and self._depth:
             self._drafter.begin(pending)
         while active:
@@ -419,6 +428,13 @@ def _check(
         )
     if not method.drafted:
         return
+    for model in (target, draft) if method.branching > 1 else ():
+        if isinstance(model, BlockModel) and not model.reads_trees:
+            raise DraftError(
+                f"{method.form} drafts several tokens per position, and one of the models cannot "
+                "read them together (it takes full attention to do that); use a method with one "
+                "draft per position, such as otmc."
+            )
     if draft is None:
         raise DraftError(f"{method.name} needs a draft: a smaller model, or NGram().")
     if not 1 <= draft_length <= MAX_DRAFT_LENGTH:

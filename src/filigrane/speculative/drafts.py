@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from filigrane.embedding import Sampling
-from filigrane.errors import DraftError
+from filigrane.errors import DraftError, LogitsError
 from filigrane.speculative.laws import Law, certain, law_of
 from filigrane.speculative.models import BlockModel, pad_left
 
@@ -116,10 +116,13 @@ class ModelDrafter(Drafter):
         logits = self.model.read(
             self._state, tokens, valid, last=asked, parents=None if straight else parents
         )
-        return [
-            [law_of(logits[row, at], self._sampling) for at in range(len(places))]
-            for row, places in enumerate(ends)
-        ]
+        try:
+            return [
+                [law_of(logits[row, at], self._sampling) for at in range(len(places))]
+                for row, places in enumerate(ends)
+            ]
+        except LogitsError as error:
+            raise LogitsError(f"the draft's {error}") from None
 
     def settle(
         self,

@@ -39,6 +39,11 @@ class BlockModel(LanguageModel):
         """Number of parameters, None if not known."""
         return None
 
+    @property
+    def reads_trees(self) -> bool:
+        """Whether `read` takes parents: drafts that branch."""
+        return True
+
     @abstractmethod
     def open(self, rows: int) -> Any:
         """The state of an empty batch."""

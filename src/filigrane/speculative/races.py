@@ -53,7 +53,7 @@ class Frontier(RaceMethod):
 class Mixed(RaceMethod):
     """A keyed coin per position between OTMC and the coupled race: what the frontier has to beat.
 
-    share: of positions that OTMC decides, between 0 and 1.
+    share: of positions that OTMC decides, in (0, 1].
     """
 
     name: ClassVar[str] = "mixed"
@@ -62,7 +62,7 @@ class Mixed(RaceMethod):
     share: float = 0.5
 
     def __post_init__(self) -> None:
-        """Raise SchemeError for anything but a race, or a share outside (0, 1)."""
+        """Raise SchemeError for anything but a race, or a share outside (0, 1]."""
         RaceMethod.__post_init__(self)
         check_number(self.name, "share", self.share, 0.0, math.nextafter(1.0, 2.0))
 

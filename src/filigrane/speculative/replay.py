@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from filigrane.contexts import as_token_ids
 from filigrane.embedding import Sampling
-from filigrane.errors import SchemeError
+from filigrane.errors import SchemeError, TokenError
 from filigrane.prf import BLOCK_WORDS, FIELD, field, open_uniform
 from filigrane.speculative.base import Method, Noise, Position, TokenMethod
 from filigrane.speculative.laws import Law, law_of
@@ -37,8 +37,13 @@ class Replayed(NamedTuple):
 def laws_along(
     model: BlockModel, prompt: npt.ArrayLike, tokens: npt.ArrayLike, sampling: Sampling
 ) -> list[Law]:
-    """A model's law at every position of a text, read in one go: one per token."""
+    """A model's law at every position of a text, read in one go: one per token.
+
+    Raises TokenError for an empty prompt: there is no law before the first token.
+    """
     before, text = as_token_ids(prompt), as_token_ids(tokens)
+    if not before.size:
+        raise TokenError("the prompt is empty; begin with the model's start token (BOS).")
     if not text.size:
         return []
     ids = np.concatenate([before, text[:-1]])[None]
