@@ -15,6 +15,7 @@ from filigrane.speculative.metrics import (
     ANLPPT,
     ANLPPT_A,
     ANLPPT_U,
+    CALL,
     LOGPPL,
     NODES,
     PTT,
@@ -63,6 +64,7 @@ def test_counts_by_hand() -> None:
     assert value(PTT, one) == pytest.approx(500 / 3)
     assert value(PTT, one, two) == pytest.approx(500 / 3)
     assert math.isnan(value(PTT, two))
+    assert value(CALL, one, two) == pytest.approx(250.0)
     assert value(NODES, one, two) == 11 / 4
     assert value(ANLPPT, one) == pytest.approx(5 / 6)
 

@@ -23,6 +23,7 @@ from filigrane.speculative.metrics import (
     ANLPPT,
     ANLPPT_A,
     ANLPPT_U,
+    CALL,
     LOGPPL,
     NODES,
     PTT,
@@ -50,6 +51,7 @@ _VALUES: Final[Mapping[str, Metric]] = {
     "anlppt": ANLPPT,
     "logppl": LOGPPL,
     "ptt_ms": PTT,
+    "call_ms": CALL,
     "tpr": tpr(),
     "nodes": NODES,
 }
@@ -93,6 +95,7 @@ def summarise(
         if plain is not None and name != _PLAIN:
             entry["aatps_minus_plain"] = _json(difference(mine, plain, AATPS, _rng()))
             entry["ptt_over_plain"] = _json(ratio(mine, plain, PTT, _rng()))
+            entry["call_over_plain"] = _json(ratio(mine, plain, CALL, _rng()))
         whole = groups.get(_strongest(name, groups))
         if whole is not None and whole is not mine:
             for label in ("anlppt_u", "anlppt_a", "anlppt"):
@@ -160,8 +163,8 @@ text by text and, in round brackets, of all texts pooled (– for methods with a
 own). log10 p / 100: exact test of the method's own detector, per 100 tokens; p / watermark: its
 evidence as a ratio to that of the unaccelerated mark. LOGPPL: nats per token under the target; the
 same for exact methods, up to chance. PTT: time per token after the first block, as a ratio to
-plain. TPR: share of texts with p ≤ 0.01; without a mark it is the false-positive rate. nodes: draft
-tokens verified per target call.
+plain; call: time per block, the same way. TPR: share of texts with p ≤ 0.01; without a mark it is
+the false-positive rate. nodes: draft tokens verified per target call.
 """
 
 
@@ -186,6 +189,7 @@ def columns(row: Summary) -> dict[str, str]:
         "p / watermark": _bracket(row.get("anlppt_over_watermark"), 3),
         "LOGPPL": half(row["logppl"], 3),
         "PTT / plain": _bracket(row.get("ptt_over_plain"), 2),
+        "call / plain": _bracket(row.get("call_over_plain"), 3),
         "TPR": number(row["tpr"]["value"], 3),
         "nodes": number(row["nodes"]["value"], 2),
     }

@@ -57,7 +57,7 @@ class Speculated(Generated):
     @property
     def tokens_per_call(self) -> float:
         """Tokens of this text per call of the target; 0.0 for an empty text."""
-        return int(self.emitted.sum()) / max(1, self.emitted.shape[0])
+        return int(self.emitted.sum()) / max(1, self.emitted.size)
 
 
 @dataclass(slots=True, repr=False)

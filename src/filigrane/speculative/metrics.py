@@ -136,6 +136,13 @@ def _ptt(row: Row) -> tuple[float, float]:
     return 1e3 * span, float(row.emitted[1:].sum())
 
 
+def _call(row: Row) -> tuple[float, float]:
+    blocks = row.seconds.shape[0]
+    if blocks < 2:
+        return 0.0, 0.0
+    return 1e3 * float(row.seconds[-1] - row.seconds[0]), float(blocks - 1)
+
+
 def _logppl(row: Row) -> tuple[float, float]:
     return -row.log_likelihood, float(row.n_tokens)
 
@@ -165,6 +172,10 @@ AATPS: Final = Metric("AATPS", "tokens per target call", _aatps)
 
 PTT: Final = Metric("PTT", "ms per token", _ptt)
 """Per-token time: sum of (t_last - t_first) over sum of the tokens after the first block."""
+
+CALL: Final = Metric("time per call", "ms per target call", _call)
+"""Time of a block, drafts and target call, after the first: what marking adds shows here, while PTT
+also holds what it gains or loses in tokens per call."""
 
 LOGPPL: Final = Metric("LOGPPL", "nats per token", _logppl)
 """-mean log P(token) under the target, token weighted; equal across exact methods."""
