@@ -24,7 +24,7 @@ from keymaker import keys_from_seed
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from filigrane.adapters import transformers as adapter  # noqa: E402
+from filigrane.adapters import causal_lm as adapter  # noqa: E402
 from filigrane.adapters.transformers import TransformersModel, without_layers  # noqa: E402
 
 VOCABULARY = 40
@@ -386,7 +386,7 @@ def test_trees_are_refused_where_they_cannot_be_read(models: dict[str, tuple[Any
 
     with pytest.raises(ModelError, match="one draft per position"):
         tree(models["mistral"][0])
-    with pytest.raises(ModelError, match="one draft per position"):
+    with pytest.raises(DraftError, match="one draft per position"):
         write(models["mistral"][0], TransformersModel(models["mistral"][1]), "pfr:drafts=2")
 
     class Bare(torch.nn.Module):
