@@ -80,7 +80,8 @@ class BlockModel(LanguageModel):
     def prefill(self, prompts: Sequence[TokenIds]) -> tuple[Logits, Any]:
         """See `LanguageModel.prefill`."""
         state = self.open(len(prompts))
-        return self.read(state, *pad_left(prompts), last=1)[:, 0], state
+        # A model that can begin from nothing sees one column of padding.
+        return self.read(state, *pad_left(prompts, width=1), last=1)[:, 0], state
 
     def step(self, tokens: TokenIds, state: Any) -> tuple[Logits, Any]:
         """See `LanguageModel.step`."""
