@@ -20,10 +20,10 @@ FLOORS = [
     ["keys"],
     ["schemes"],
     ["embedding", "detection", "tracing", "bayes"],
-    ["speculative"],
+    ["speculative", "radioactivity"],
     ["toy"],
     ["adapters"],
-    ["bench"],
+    ["bench", "study"],
     ["cli"],
 ]
 # The reference modules call their own compiled twins inside functions, and kernels know nothing of

@@ -12,6 +12,8 @@
     ├── LogitsError            logits from which nothing can be drawn (NaN, all -inf, wrong shape)
     ├── RecordError            a file or a record of a batch cannot be read
     ├── ModelError             a model or tokenizer cannot be loaded
+    ├── EvidenceError          what was gathered about a suspect cannot be tested as it is
+    ├── EndpointError          a server is down, refuses, or answers with something unusable
     └── MissingDependency      an optional package is needed for this call
 
 Catch FiligraneError for all of them; each also derives from the built-in error it refines. An
@@ -66,6 +68,14 @@ class RecordError(FiligraneError, ValueError):
 
 class ModelError(FiligraneError, OSError):
     """A model or tokenizer cannot be loaded."""
+
+
+class EvidenceError(FiligraneError, ValueError):
+    """Windows, predictions, answers or filters that do not fit together or hold nothing to test."""
+
+
+class EndpointError(FiligraneError, OSError):
+    """A model behind a network address cannot be used; what was collected before is kept."""
 
 
 class MissingDependency(FiligraneError, ImportError):
