@@ -176,6 +176,19 @@ def chat_prompt(loaded: LoadedModel | LoadedTokenizer, text: str) -> NDArray[np.
     return np.asarray(ids, dtype=np.int64)
 
 
+def weights_sha256(model: Any) -> str:
+    """SHA-256 (hex) of a model's parameters: name, type, shape and bytes of each, by name."""
+    torch = _import("torch")
+
+    digest = hashlib.sha256()
+    for name, weights in sorted(model.named_parameters()):
+        digest.update(f"{name} {weights.dtype} {tuple(weights.shape)}\n".encode())
+        # As bytes: numpy knows no bfloat16.
+        flat = weights.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+        digest.update(np.ascontiguousarray(flat).data)
+    return digest.hexdigest()
+
+
 # ---------------------------------------------------------------- where a model is
 
 

@@ -3,12 +3,10 @@
 What a draft may be called: `adapters.drafts`. Knows nothing of keys or methods.
 """
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any, cast
 
-import numpy as np
-
+from filigrane.adapters.models import weights_sha256
 from filigrane.bench.tradeoff import Models, Prompt, Settings
 from filigrane.errors import FiligraneError
 
@@ -61,16 +59,3 @@ def _facts(loaded: Any) -> dict[str, object]:
         "dtype": str(parameters[0].dtype).removeprefix("torch."),
         "weights_sha256": weights_sha256(loaded.model),
     }
-
-
-def weights_sha256(model: Any) -> str:
-    """SHA-256 (hex) of a model's parameters: name, type, shape and bytes of each, by name."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, weights in sorted(model.named_parameters()):
-        digest.update(f"{name} {weights.dtype} {tuple(weights.shape)}\n".encode())
-        # As bytes: numpy knows no bfloat16.
-        flat = weights.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
-        digest.update(np.ascontiguousarray(flat).data)
-    return digest.hexdigest()

@@ -32,6 +32,7 @@ COMMANDS: Final = {
     "demo": "Mark, detect and trace texts of a real model, and check every claim.",
     "speculative": "Show numerically what no watermark can have together with speculative "
     "sampling.",
+    "radioactivity": "Find out whether another model was trained on marked text.",
     "bench": "Measure speed beside what others do, and strength against speed, on this machine.",
 }
 """What the list of commands says of each, in its order. Kept here so that the list needs none of

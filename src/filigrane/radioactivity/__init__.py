@@ -13,9 +13,7 @@
 Open models are read, closed ones are asked; `adapters` has both (reading, endpoints, collecting).
 """
 
-from filigrane.radioactivity.membership import BaselineResult as BaselineResult
-from filigrane.radioactivity.membership import baseline as baseline
-from filigrane.radioactivity.membership import calibrated as calibrated
+from filigrane.radioactivity.evidence import Document as Document
 from filigrane.radioactivity.evidence import Exchange as Exchange
 from filigrane.radioactivity.evidence import Reading as Reading
 from filigrane.radioactivity.evidence import Tuples as Tuples
@@ -25,6 +23,9 @@ from filigrane.radioactivity.evidence import argmax as argmax
 from filigrane.radioactivity.evidence import differential as differential
 from filigrane.radioactivity.evidence import soft as soft
 from filigrane.radioactivity.filter import WindowFilter as WindowFilter
+from filigrane.radioactivity.membership import BaselineResult as BaselineResult
+from filigrane.radioactivity.membership import baseline as baseline
+from filigrane.radioactivity.membership import calibrated as calibrated
 from filigrane.radioactivity.power import Plan as Plan
 from filigrane.radioactivity.power import needed as needed
 from filigrane.radioactivity.power import plan as plan

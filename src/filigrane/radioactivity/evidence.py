@@ -23,6 +23,19 @@ from filigrane.radioactivity.rules import Ledger, add, answered, first_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Document:
+    """One text to read.
+
+    tokens: (n,) ids, everything the suspect is to see, prompt first; start: index at which the text
+    to score begins; earlier: other sequences that its writer could attend to.
+    """
+
+    tokens: TokenIds
+    start: int = 0
+    earlier: Sequence[TokenIds] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Reading:
     """What a suspect expects after the windows of a corpus.
 

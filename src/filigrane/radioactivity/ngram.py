@@ -57,7 +57,7 @@ class Source:
         words: npt.NDArray[np.uint32] | None = None,
         scheme: Scheme | None = None,
     ) -> Texts:
-        """n texts of this length, marked under one PRF key, (8,) uint32, by the rule of `contexts`."""
+        """n texts, marked under one PRF key, (8,) uint32, by the rule of `contexts`."""
         from filigrane.kernels.prf import blocks
 
         texts = np.empty((n, length), dtype=np.int64)
@@ -74,25 +74,13 @@ class Source:
                 seen.update(names)
                 keys = np.broadcast_to(words, (n, 8))
                 seeds = blocks(keys, windows)[fresh]
-                probs[fresh] = _reweight(scheme, probs[fresh], seeds, choices[fresh])
+                # Every row has a support of its own, which broadcasts as well as a common one.
+                support = choices[fresh].astype(np.uint32)
+                probs[fresh] = scheme.reweight(probs[fresh], seeds, support)
             ends = probs.cumsum(axis=1)
             drawn = (ends < rng.random((n, 1)) * ends[:, -1:]).sum(axis=1)
             texts[:, t] = choices[np.arange(n), np.minimum(drawn, choices.shape[1] - 1)]
         return texts
-
-
-def _reweight(
-    scheme: Scheme,
-    probs: npt.NDArray[np.float64],
-    seeds: npt.NDArray[np.uint32],
-    choices: npt.NDArray[np.int64],
-) -> npt.NDArray[np.float64]:
-    """Row by row: a support of its own for each, which `Scheme.reweight` takes one at a time."""
-    rows = [
-        scheme.reweight(law, seed, ids.astype(np.uint32))
-        for law, seed, ids in zip(probs, seeds, choices, strict=True)
-    ]
-    return np.stack(rows) if rows else probs
 
 
 class Counts:
@@ -111,6 +99,12 @@ class Counts:
             for t in range(order, texts.shape[1]):
                 np.add.at(table, (self._index(texts, t, order), texts[:, t]), 1.0)
         return self
+
+    def copy(self) -> "Counts":
+        """The same counts, to go on learning from."""
+        twin = Counts(self.vocab_size, self.width)
+        twin._tables = [table.copy() for table in self._tables]
+        return twin
 
     def law(self, contexts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Next-token laws after contexts (n, width): (n, V)."""
@@ -133,9 +127,7 @@ class Counts:
         p = prompts.shape[1]
         return [Exchange(prompt=row[:p], answer=row[p:]) for row in text]
 
-    def _index(
-        self, texts: npt.NDArray[np.int64], t: int, order: int
-    ) -> npt.NDArray[np.int64]:
+    def _index(self, texts: npt.NDArray[np.int64], t: int, order: int) -> npt.NDArray[np.int64]:
         index = np.zeros(texts.shape[0], dtype=np.int64)
         for back in range(order, 0, -1):
             index = index * self.vocab_size + texts[:, t - back]
@@ -156,9 +148,7 @@ def read(
     for number, text in enumerate(texts):
         positions, ledger = read_positions(text, 0, width, attention_rule=attention_rule)
         if positions.size:
-            parts.append(
-                _read_one(suspect, base, text, positions, ledger, width, number, copying)
-            )
+            parts.append(_read_one(suspect, base, text, positions, ledger, width, number, copying))
     return Reading.join(parts)
 
 
@@ -203,7 +193,8 @@ def _contexts(
     text: TokenIds, positions: npt.NDArray[np.int64], width: int
 ) -> npt.NDArray[np.int64]:
     padded = np.concatenate([np.zeros(width, dtype=np.int64), text])
-    return padded[positions[:, None] + 1 + np.arange(width)]
+    contexts: npt.NDArray[np.int64] = padded[positions[:, None] + 1 + np.arange(width)]
+    return contexts
 
 
 def _copied(
@@ -215,7 +206,8 @@ def _copied(
         if (past[end - width + 1 : end + 1] == window).all():
             law[past[end + 1]] += weight
             return law
-    return law / law.sum()
+    scaled: npt.NDArray[np.float64] = law / law.sum()
+    return scaled
 
 
 def marked(
