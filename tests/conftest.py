@@ -12,7 +12,13 @@ settings.register_profile("filigrane", deadline=None)
 settings.load_profile("filigrane")
 
 HERE = Path(__file__).parent
-SLOW = {HERE / "adapters", HERE / "cli", HERE / "test_bench.py", HERE / "test_models.py"}
+SLOW = {
+    HERE / "adapters",
+    HERE / "cli",
+    HERE / "study",
+    HERE / "test_bench.py",
+    HERE / "test_models.py",
+}
 
 
 def is_slow(path: Path) -> bool:

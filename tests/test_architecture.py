@@ -28,7 +28,7 @@ FLOORS = [
 ]
 # The reference modules call their own compiled twins inside functions, and kernels know nothing of
 # them in return: the one place where an arrow points up.
-LAZY_UPWARD = {("contexts", "kernels")}
+LAZY_UPWARD = {("contexts", "kernels"), ("stats", "kernels")}
 FRONT_DOOR = {
     *("Key", "Corpus", "Sampling", "FiligraneError"),
     *("SCHEMES", "from_tag", "Gumbel", "GreenList", "Tournament", "GammaReweight", "DeltaReweight"),

@@ -123,7 +123,7 @@ class ReadingFolder:
 
 def _load(path: Path) -> Reading:
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
             rules, dropped = data["rules"].tolist(), data["dropped"].tolist()
             return Reading(
                 windows=data["windows"],
@@ -162,7 +162,7 @@ def save_filter(window_filter: WindowFilter, path: str | os.PathLike[str]) -> No
 def load_filter(path: str | os.PathLike[str]) -> WindowFilter:
     """Read what `save_filter` wrote. Raises RecordError for anything else."""
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as data:
             about = json.loads(str(data["about"]))
             if about.pop("format") != _FORMAT:
                 raise RecordError(f"{path} is a filter of another version; build it anew.")

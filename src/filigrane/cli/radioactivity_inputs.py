@@ -48,6 +48,7 @@ class MarkedText:
     tokens: TokenIds
     prompt: TokenIds | None
     text: str | None
+    vocab_size: int | None
 
 
 def sha256_of(path: str) -> str:
@@ -110,7 +111,7 @@ class Texts:
             )
         ids = ids_of(given, size, place) if given is not None else self._encode(str(text))
         prompt = self._prompt(record, size) if prompts else None
-        return MarkedText(number if name is None else name, ids, prompt, text)
+        return MarkedText(number if name is None else name, ids, prompt, text, size)
 
     def _prompt(self, record: Record, size: int | None) -> TokenIds | None:
         given = record.fields.get("prompt_tokens")

@@ -1,5 +1,6 @@
 """filigrane radioactivity read."""
 
+import random
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -119,12 +120,25 @@ def read(
             "Windows of the prompt are never scored either way.",
         ),
     ] = "prompt",
-    top: Annotated[
-        int,
+    api_key_file: Annotated[
+        str | None,
         typer.Option(
-            "--top", min=1, help="Tokens kept per position; servers often give 20 at most."
+            "--api-key-file",
+            metavar="PATH",
+            help="Key of the endpoint; else FILIGRANE_API_KEY, or none.",
+            rich_help_panel=_SUSPECT,
+            show_default=False,
         ),
-    ] = 64,
+    ] = None,
+    top: Annotated[
+        int | None,
+        typer.Option(
+            "--top",
+            min=1,
+            help="Tokens kept per position: 64, or 18 of an endpoint, where 20 is a usual limit.",
+            show_default=False,
+        ),
+    ] = None,
     batch_size: Annotated[
         int, typer.Option("--batch-size", "-b", min=1, help="Texts read at a time.")
     ] = 8,
@@ -166,7 +180,7 @@ def read(
         "inputs": inputs,
         "width": width,
         "context": context,
-        "top": top,
+        "top": top or (64 if endpoint is None else 18),
         "writer": {"name": writer.name, "tokenizer_sha256": writer.tokenizer_sha256},
     }
     folder = ReadingFolder(out)
@@ -176,7 +190,7 @@ def read(
         parts = _from_model(texts, writer, folder, settings, names, batch_size, where)
     else:
         asked = (str(model), base_model)
-        parts = _from_endpoint(texts, writer, folder, settings, endpoint, asked)
+        parts = _from_endpoint(texts, writer, folder, settings, endpoint, asked, api_key_file)
     try:
         with render.progress("texts") as report:
             for after, reading in parts:
@@ -250,9 +264,12 @@ def _from_model(
         }
 
     documents = _documents(texts, settings["context"], Document)
+    vocab_size = max((text.vocab_size or 0 for text in texts), default=0) or None
     alignment = None
     if writer.tokenizer_sha256 != one.tokenizer_sha256:
-        alignment = Alignment(writer, one)
+        alignment = Alignment(writer, one, vocab_size=vocab_size)
+        # All of them, also those that were read before: what is counted is the whole.
+        alignment.require([document.tokens for document in documents])
     settings |= {"suspect": facts(one), "base": None if two is None else facts(two)}
     first = folder.begin(settings | {"aligned": alignment is not None})
     after = first
@@ -262,6 +279,7 @@ def _from_model(
         settings["width"],
         base=two,
         alignment=alignment,
+        vocab_size=vocab_size,
         tokenizer_sha256=writer.tokenizer_sha256,
         top=settings["top"],
         batch_size=batch_size,
@@ -284,19 +302,26 @@ def _from_endpoint(
     settings: dict[str, Any],
     url: str,
     models: tuple[str, str | None],
+    key_file: str | None,
 ) -> "Iterator[tuple[int, Reading]]":
     from contextlib import ExitStack
 
-    from filigrane.adapters.endpoints import Endpoint, read_api_key, read_endpoint
+    from filigrane.adapters.endpoints import (
+        Endpoint,
+        read_api_key,
+        read_endpoint,
+        token_strings,
+    )
     from filigrane.radioactivity.evidence import Document
 
     with ExitStack() as stack:
-        key = read_api_key(url)
+        key = read_api_key(url, key_file)
 
         def open_(name: str | None) -> Any:
             if name is None:
                 return None
-            return stack.enter_context(Endpoint(url, name, api="completions", key=key))
+            made = Endpoint(url, name, api="completions", key=key, jitter=random.random)
+            return stack.enter_context(made)
 
         one, two = open_(models[0]), open_(models[1])
 
@@ -320,7 +345,7 @@ def _from_endpoint(
             vocab_size=writer.tokenizer_size,
             base_endpoint=two,
             top=settings["top"],
-            vocabulary=writer.tokenizer.get_vocab(),
+            vocabulary=token_strings(writer.tokenizer),
             first=after,
         ):
             after += 1

@@ -156,6 +156,13 @@ def test(
     pieces = [loader.load(path, "evidence") for path in each(evidence)]
     controls = [loader.load(path, "control") for path in each(control or [])]
     found = None if baseline is None else _baseline(baseline)
+    first = pieces[0]
+    kinds = {piece.suspect["access"] for piece in pieces}
+    if len({str((piece.suspect, piece.base)) for piece in pieces}) > len(kinds):
+        raise EvidenceError(
+            "these pieces of evidence are of different suspects or base models; test each suspect "
+            "on its own."
+        )
     results: list[dict[str, Any]] = []
     clean: list[dict[str, Any]] = []
     total = sum(len(piece.tests) for piece in [*pieces, *controls])
@@ -170,7 +177,6 @@ def test(
                 place.append(
                     documents.result(outcome, alpha, primary=number == 0, sequence=sequence)
                 )
-    first = pieces[0]
     document = documents.document(
         results,
         alpha=alpha,
@@ -320,6 +326,13 @@ def _baseline(path: str) -> dict[str, Any]:
         ) from error
 
 
+def _effect(row: dict[str, Any]) -> str:
+    """Points of a share, or the score's own unit."""
+    if row["effect_unit"] == "share of green tokens":
+        return f"{100 * row['effect']:+.2f} points"
+    return f"{row['effect']:+.4f}"
+
+
 def _show(document: dict[str, Any]) -> None:
     out = render.stdout()
     columns = ("statistic", "scored", "windows", "effect", "log10 p", "decoys above")
@@ -336,7 +349,7 @@ def _show(document: dict[str, Any]) -> None:
                     name,
                     str(row["n_scored"]),
                     str(row["n_windows"]),
-                    f"{100 * row['effect']:+.2f} %",
+                    _effect(row),
                     render.log10(row["log10_pvalue"]),
                     "" if control is None else f"{control['rank']}/{control['n']}",
                 ),

@@ -66,18 +66,19 @@ class ScoreLaw:
         """Largest theta * weight at which the cumulant function is finite."""
         return 1.0 if isinstance(self.scheme, Gumbel) else math.inf
 
-    def largest(self, weights: npt.NDArray[np.float64]) -> tuple[float, float]:
-        """The largest possible sum, and the logarithm of its probability."""
-        up, down = weights > 0.0, weights < 0.0
+    def ends(self, weights: npt.NDArray[np.float64]) -> tuple[float, float, float]:
+        """The smallest and the largest possible sum, and the log probability of the largest."""
+        up, down = float(weights[weights > 0.0].sum()), float(weights[weights < 0.0].sum())
         if isinstance(self.scheme, Gumbel):
-            return math.inf if up.any() else -float(weights.sum()), -math.inf
+            low = -math.inf if down else -up
+            return low, math.inf if up else -down, -math.inf
         if isinstance(self.scheme, GreenList):
-            best = (1.0 - self.gamma) * weights[up].sum() - self.gamma * weights[down].sum()
-            odds = up.sum() * math.log(self.gamma) + down.sum() * math.log1p(-self.gamma)
-            return float(best), float(odds)
-        pairs = int((up | down).sum())
-        best = 0.5 * float(self.layers.sum()) * float(np.abs(weights).sum())
-        return best, -pairs * self.layers.size * math.log(2.0)
+            rest = 1.0 - self.gamma
+            odds = (weights > 0.0).sum() * math.log(self.gamma)
+            odds += (weights < 0.0).sum() * math.log(rest)
+            return rest * down - self.gamma * up, rest * up - self.gamma * down, float(odds)
+        best = 0.5 * float(self.layers.sum()) * (up - down)
+        return -best, best, -int((weights != 0.0).sum()) * self.layers.size * math.log(2.0)
 
     def cumulants(
         self, theta: float, weights: npt.NDArray[np.float64]
@@ -124,9 +125,12 @@ def tail(total: float, weights: npt.NDArray[np.float64], law: ScoreLaw, copies: 
     """
     weights = np.ascontiguousarray(weights[weights != 0.0])
     spread = copies * law.variance * float(weights @ weights)
-    best, odds = law.largest(weights)
-    if total >= copies * best * (1.0 - 1e-12) and best > 0.0:
-        return Tail(copies * odds, copies * odds)
+    worst, best, odds = (copies * value for value in law.ends(weights))
+    slack = 1e-12 * (abs(best) if math.isfinite(best) else 0.0)
+    if total >= best - slack:
+        return Tail(odds, odds)
+    if total <= worst + slack:
+        return Tail(0.0, 0.0)
     theta = _saddle(total / copies, weights, law)
     k0, _, k2 = (copies * value for value in law.cumulants(theta, weights))
     depth = max(0.0, theta * total - k0)
