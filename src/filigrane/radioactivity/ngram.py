@@ -201,11 +201,11 @@ def _copied(
     past: TokenIds, width: int, law: npt.NDArray[np.float64], weight: float
 ) -> npt.NDArray[np.float64]:
     """Add `weight` to what followed the current window when it last occurred."""
-    window = past[-width:]
-    for end in range(past.shape[0] - 2, width - 2, -1):
-        if (past[end - width + 1 : end + 1] == window).all():
-            law[past[end + 1]] += weight
-            return law
+    windows = np.lib.stride_tricks.sliding_window_view(past, width)[:-1]
+    before = np.flatnonzero((windows == past[-width:]).all(axis=1))
+    if before.size:
+        law[past[before[-1] + width]] += weight
+        return law
     scaled: npt.NDArray[np.float64] = law / law.sum()
     return scaled
 

@@ -130,14 +130,14 @@ def dose(
     bob = Counts(vocab_size, window).learn(taught)
     before = Counts(vocab_size, window).learn(source.write(n, LENGTH, rng))
     tuned = before.copy().learn(taught)
-    fresh = marked(source, 300, LENGTH, key, scheme, rng)
-    prompts = source.write(150, 8, rng)
+    fresh = marked(source, 150, LENGTH, key, scheme, rng)
+    prompts = source.write(120, 8, rng)
     said = bob.answer(prompts, LENGTH, rng)
     known = WindowFilter.build(list(logged if count else fresh), window)
     reading = read(tuned, fresh, window, base=before)
     evidence: dict[str, Tuples | Weighted] = {
         "open": argmax(read(bob, fresh, window)),
-        "open, logged texts": argmax(read(bob, logged[:300], window)),
+        "open, logged texts": argmax(read(bob, logged[:150], window)),
         "closed": answers(said, window),
         "closed, filtered": answers(said, window, window_filter=known),
         "tuned: argmax": argmax(reading),
@@ -161,7 +161,7 @@ def chance(
 ) -> tuple[list[Chance], list[Chance]]:
     """Clean suspects under `keys` keys, texts written anew under each: copying ones, and others."""
     scheme = scheme or GreenList(gamma=0.25, delta=3.0, context_width=window)
-    vocab_size = 256 if window == 1 else 128
+    vocab_size = 256 if window == 1 else 64
     source = Source.draw(vocab_size, rng)
     suspect = Counts(vocab_size, window).learn(source.write(500, LENGTH, rng))
     base = Counts(vocab_size, window).learn(source.write(500, LENGTH, rng))
