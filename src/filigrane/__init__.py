@@ -9,7 +9,7 @@
     detection   detect                                                  proving
     tracing     trace                                                   attributing
     speculative generate, Session, method                               writing with drafts
-    radioactivity  test, argmax, differential, answers                  was it trained on marked text?
+    radioactivity  test, argmax, differential, answers                  was a model taught with it?
     bayes       a trained score for tournament text                     proving, a little more
     adapters    transformers, torch, models                             optional, above the core
 

@@ -69,10 +69,10 @@ def test_looking_often_does_not_reject_too_often(scheme: Scheme) -> None:
     rows = rng.integers(0, 5000, size=(400, 2), dtype=np.uint32)
     evidence = Tuples(rows=rows, name="answer count", ledger={}, n_documents=1)
     decided = [
-        follow(evidence, key, scheme, looks=400).decided(0.05) is not None
-        for key in keys_from_seed(2, 400)
+        follow(evidence, key, scheme, looks=100).decided(0.05) is not None
+        for key in keys_from_seed(2, 300)
     ]
-    assert np.mean(decided) < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 400)
+    assert np.mean(decided) < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 300)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)

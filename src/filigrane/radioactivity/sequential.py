@@ -22,7 +22,7 @@ from filigrane.schemes.base import Scheme
 from filigrane.schemes.greenlist import GreenList
 from filigrane.schemes.gumbel import Gumbel
 
-_TILTS: Final = 2.0 ** np.arange(-12, 1)
+_TILTS: Final = 2.0 ** np.arange(-12.0, 1.0)
 
 
 def log_e_value(total: float, n: int, scheme: Scheme) -> float:
@@ -46,13 +46,17 @@ def log_e_value(total: float, n: int, scheme: Scheme) -> float:
         # e^S int_0^1 lambda^n e^(-lambda S) = e^S n! S^-(n+1) P(Gamma(n + 1) <= S).
         below = stats.log1mexp(stats.log_sf_gamma(total, n + 1))
         return total + math.lgamma(n + 1) - (n + 1) * math.log(total) + below
-    one = np.ones(1)
-    scale = float(np.abs(law.layers).max())
-    excess = total - n * law.mean
-    logs = [
-        theta * excess - n * law.cumulants(theta, one)[0] for theta in (_TILTS / scale).tolist()
-    ]
-    return stats.logsumexp(logs) - math.log(len(logs))
+    tilts, cumulants = _tilted(law)
+    logs = tilts * (total - n * law.mean) - n * cumulants
+    return stats.logsumexp(logs) - math.log(logs.shape[0])
+
+
+def _tilted(law: ScoreLaw) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The tilts of the mixture for a tournament, and the cumulant function there."""
+    tilts: npt.NDArray[np.float64] = _TILTS / float(np.abs(law.layers).max())
+    half = 0.5 * tilts[:, None] * law.layers
+    cumulants: npt.NDArray[np.float64] = np.log(np.cosh(half)).sum(axis=1)
+    return tilts, cumulants
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

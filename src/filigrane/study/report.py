@@ -53,6 +53,8 @@ RULES: Final = {
     "it again would count one piece of evidence twice.",
     "no token border of the suspect there": "The suspect cuts text into other tokens and has no "
     "border here, so that its prediction cannot be translated.",
+    "no prediction of the endpoint there": "The server gave no log-probabilities there that say "
+    "nothing of the text's own next token.",
     "scored": "What is left and was scored.",
 }
 """What each rule of a ledger does, in one sentence."""
