@@ -1030,6 +1030,8 @@ def stouffer(log_ps: ArrayLike, weights: ArrayLike | None = None) -> float:
     shares = np.ones(values.size) if weights is None else np.asarray(weights, dtype=np.float64)
     if shares.shape != values.shape or not (np.isfinite(shares) & (shares > 0.0)).all():
         raise ValueError(f"weights must be {values.size} positive numbers, got {weights!r}")
+    if (values == 0.0).any():  # p = 1 somewhere: nothing else can outweigh it
+        return 0.0
     z = np.array([log_isf_normal(float(value)) for value in values])
     return log_sf_normal(float(shares @ z) / math.sqrt(float(shares @ shares)))
 

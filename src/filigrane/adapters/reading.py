@@ -346,16 +346,24 @@ def _read(
             ids, document.start, width, earlier=document.earlier, attention_rule=attention_rule
         )
         shown, rows = ids, positions
+        places = np.arange(count, count + positions.shape[0])
         if alignment is not None:
-            aligned = alignment.align(ids)
-            shown, rows = aligned.tokens, aligned.rows[positions]
-            positions, rows = positions[rows >= 0], rows[rows >= 0]
+            shown, prefixes = _aligned(ids, positions, alignment)
+            positions = np.array([t for t, _ in prefixes], dtype=np.int64)
             ledger[NO_BORDER] = ledger.pop("scored") - positions.shape[0]
             ledger["scored"] = positions.shape[0]
+            common: list[tuple[int, int]] = []
+            for place, (_, seen) in enumerate(prefixes, start=count):
+                row = seen.shape[0] - 1
+                if np.array_equal(seen, shown[: row + 1]):
+                    common.append((row, place))
+                else:  # the whole text is cut otherwise here: shown on its own
+                    pieces += suspect.pieces(seen, np.array([row]), np.array([place]))
+            rows, places = np.array(common, dtype=np.int64).reshape(-1, 2).T
         ledgers.append(ledger)
         windows.append(windows_of(ids, width)[positions - (width - 1)])
         numbers.append(np.full(positions.shape, number, dtype=np.int64))
-        pieces += suspect.pieces(shown, rows, np.arange(count, count + positions.shape[0]))
+        pieces += suspect.pieces(shown, rows, places)
         count += positions.shape[0]
     models = [suspect] if base is None else [suspect, base]
     found: list[_Picked] = []
@@ -381,6 +389,25 @@ def _read(
         vocab_size=vocab_size,
         ledger=add(ledgers),
     )
+
+
+def _aligned(
+    ids: TokenIds, positions: npt.NDArray[np.int64], alignment: Alignment
+) -> tuple[TokenIds, list[tuple[int, TokenIds]]]:
+    """A text in the suspect's tokens, and each position that counts with what precedes its guess.
+
+    What the suspect sees before a guess is tokenised without what follows. Cutting the whole text
+    and taking the borders that fit would choose positions by the text's next token, which the mark
+    has chosen: on two thousand tokens that is enough for a clean model to look guilty.
+    """
+    whole = alignment.align(ids).tokens
+    prefixes = []
+    for t in positions.tolist():
+        before = alignment.align(ids[: t + 1])
+        row = int(before.rows[-1])
+        if row >= 0:
+            prefixes.append((t, before.tokens[: row + 1]))
+    return whole, prefixes
 
 
 def _law(logits: torch.Tensor, mapping: torch.Tensor | None, vocab_size: int) -> torch.Tensor:

@@ -60,7 +60,7 @@ def baseline(
 ) -> None:
     """The baseline without a mark: does the suspect know the logs better than fresh texts?
 
-    Loss of pieces of 256 tokens over their compressed size, two samples, Kolmogorov-Smirnov. Needs
+    Loss of the first 256 tokens over their compressed size, two samples, Kolmogorov-Smirnov. Needs
     the suspect's weights and the very texts; needs no key. It finds whatever differs between the
     two files, so they have to be of one kind.
 
@@ -117,7 +117,10 @@ def baseline(
 def calibrated_losses(
     loaded: Any, texts: "list[MarkedText]", batch_size: int, report: Any
 ) -> "list[float]":
-    """Calibrated losses of all pieces of texts, prompt and answer end to end."""
+    """Calibrated loss of the first piece of each text, prompt and answer end to end.
+
+    One piece a text: pieces of one text are alike, and the test wants independent ones.
+    """
     import numpy as np
 
     from filigrane.adapters.reading import losses
@@ -126,9 +129,8 @@ def calibrated_losses(
     pieces = []
     for text in texts:
         ids = text.tokens if text.prompt is None else np.concatenate([text.prompt, text.tokens])
-        # A rest of a few tokens says little of its text; it goes with the piece before it.
-        count = max(1, round(ids.shape[0] / PIECE))
-        pieces += [piece for piece in np.array_split(ids, count) if piece.shape[0] > 1]
+        if ids.shape[0] > 1:
+            pieces.append(ids[:PIECE])
     mean = losses(loaded, pieces, batch_size=batch_size, report=report)
     sums = [float(value) * (piece.shape[0] - 1) for value, piece in zip(mean, pieces, strict=True)]
     strings = [loaded.tokenizer.decode(piece.tolist()) for piece in pieces]

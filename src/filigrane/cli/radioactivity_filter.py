@@ -74,13 +74,21 @@ def filter_(
     else:
         if not files or scheme is None or out is None:
             raise FiligraneError("name texts, --scheme and --out FILE; or --inspect FILE.")
-        reader = Texts(loaded, None)
+        chosen = from_tag(scheme)
+        reader = Texts(loaded, None, chosen)
         texts = [text for name in each(files) for text in reader.read(name, prompts=False)]
+        digests = {text.tokenizer_sha256 for text in texts if text.tokenizer_sha256}
+        if loaded is not None:
+            digests.add(loaded.tokenizer_sha256)
+        if len(digests) > 1:
+            raise FiligraneError(
+                "these texts were made with different tokenizers; build a filter of each model's."
+            )
         made = WindowFilter.build(
             [text.tokens for text in texts],
-            from_tag(scheme).context_width,
+            chosen.context_width,
             min_count=min_count,
-            tokenizer_sha256=None if loaded is None else loaded.tokenizer_sha256,
+            tokenizer_sha256=next(iter(digests), None),
         )
         save_filter(made, out)
         path = out

@@ -14,9 +14,11 @@ import numpy as np
 
 from filigrane.cli import records
 from filigrane.cli.records import Problem, Record
+from filigrane.cli.texts import same_test
 from filigrane.contexts import TokenIds, as_token_ids
-from filigrane.errors import FiligraneError, RecordError, TokenError
+from filigrane.errors import FiligraneError, RecordError, SchemeError, TokenError
 from filigrane.radioactivity.evidence import Exchange
+from filigrane.schemes import Scheme, from_tag
 
 Context = Literal["prompt", "none"]
 
@@ -49,6 +51,10 @@ class MarkedText:
     prompt: TokenIds | None
     text: str | None
     vocab_size: int | None
+    tokenizer_sha256: str | None
+    key_fingerprint: str | None
+    encoded: bool
+    """Whether its ids had to be made of its text: the writer's may have been others."""
 
 
 def sha256_of(path: str) -> str:
@@ -69,11 +75,13 @@ class Texts:
     """Reads texts; tokenizer: what `load_tokenizer` returned, or None if all records hold ids.
 
     prompts: a file of the prompts, for records that only hold their hash, as `embed` writes them
-    for prompts of a plain text file.
+    for prompts of a plain text file. scheme: what they are to be tested for; records that say they
+    were marked otherwise are refused.
     """
 
-    def __init__(self, tokenizer: Any, prompts: str | None) -> None:
+    def __init__(self, tokenizer: Any, prompts: str | None, scheme: Scheme | None = None) -> None:
         self._loaded = tokenizer
+        self._scheme = scheme
         self._prompts: dict[str, str] = {}
         if prompts is not None:
             for item in records.read([prompts], "auto", plain="prompt", by_line=True):
@@ -96,6 +104,8 @@ class Texts:
         name = _fine(records.name_field(record))
         digest = _fine(records.text_field(record, "tokenizer_sha256"))
         text = _fine(records.text_field(record, "text"))
+        self._require_scheme(record)
+        owner = _fine(records.text_field(record, "key_fingerprint"))
         size = _fine(records.integer_field(record, "vocab_size"))
         if self._loaded is not None and digest not in (None, self._loaded.tokenizer_sha256):
             raise RecordError(
@@ -111,12 +121,34 @@ class Texts:
             )
         ids = ids_of(given, size, place) if given is not None else self._encode(str(text))
         prompt = self._prompt(record, size) if prompts else None
-        return MarkedText(number if name is None else name, ids, prompt, text, size)
+        name = number if name is None else name
+        return MarkedText(name, ids, prompt, text, size, digest, owner, given is None)
+
+    def _require_scheme(self, record: Record) -> None:
+        tag = _fine(records.text_field(record, "scheme"))
+        if tag is None or self._scheme is None:
+            return
+        try:
+            other = from_tag(tag)
+        except SchemeError as error:
+            raise RecordError(f"{record.place}: its scheme is not one that is known here.") from (
+                error
+            )
+        if not same_test(other, self._scheme):
+            raise RecordError(
+                f"{record.place}: was marked with another scheme; pass --scheme {other.tag} "
+                f"(now {self._scheme.tag})."
+            )
 
     def _prompt(self, record: Record, size: int | None) -> TokenIds | None:
         given = record.fields.get("prompt_tokens")
         if given is not None:
             return ids_of(given, size, record.place)
+        if not {"prompt", "prompt_sha256"} & record.fields.keys():
+            raise RecordError(
+                f"{record.place}: says nothing of its prompt, and what the writer saw there must "
+                'not be scored. Add "prompt", or "prompt": null if there was none.'
+            )
         prompt = _fine(records.text_field(record, "prompt"))
         digest = _fine(records.text_field(record, "prompt_sha256"))
         if prompt is None and digest is not None:
@@ -148,14 +180,15 @@ def encode(loaded: Any, text: str) -> TokenIds:
     )
 
 
-def exchanges(path: str, loaded: Any) -> tuple[list[Exchange], int]:
-    """Answers of a suspect as ids of the marked model, and how many had to be tokenised again.
+def exchanges(path: str, loaded: Any) -> tuple[list[Exchange], int, tuple[str, Any]]:
+    """Answers of a suspect as ids of the marked model, how many had to be tokenised again, and who.
 
     loaded: the marked model's tokenizer. Ids that an endpoint gave are used where that tokenizer
     reads them as the very answer; otherwise its text is encoded. The request's windows are those
     of system prompt and prompt, encoded as the start of a text and as its continuation.
     """
     found: list[Exchange] = []
+    suspects: dict[tuple[str, Any], None] = {}
     again = 0
     for item in records.read([path], "jsonl", plain="answer"):
         record = _checked(item)
@@ -165,6 +198,7 @@ def exchanges(path: str, loaded: Any) -> tuple[list[Exchange], int]:
                 f'{record.place}: has no "answer"; this is not a file that `filigrane '
                 "radioactivity collect` wrote."
             )
+        suspects[str(record.fields.get("model")), record.fields.get("endpoint")] = None
         asked = [
             encode(loaded, before + text)
             for field in ("system", "prompt")
@@ -182,7 +216,12 @@ def exchanges(path: str, loaded: Any) -> tuple[list[Exchange], int]:
         found.append(Exchange(prompt=prompt, answer=ids))
     if not found:
         raise RecordError(f"{path} holds no answers; collect some first.")
-    return found, again
+    if len(suspects) > 1:
+        names = ", ".join(sorted({model for model, _ in suspects}))
+        raise RecordError(
+            f"{path} holds answers of {len(suspects)} suspects ({names}); test each on its own."
+        )
+    return found, again, next(iter(suspects))
 
 
 def ids_of(value: object, vocab_size: int | None, place: object) -> TokenIds:

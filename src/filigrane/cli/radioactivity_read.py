@@ -157,7 +157,8 @@ def read(
     Exit codes: 0 read; 2 bad usage, or models, texts and tokenizers that do not fit; 130
     interrupted (what was read is kept).
     """
-    width = from_tag(scheme).context_width
+    chosen = from_tag(scheme)
+    width = chosen.context_width
     if (suspect is None) == (endpoint is None):
         raise FiligraneError("name one suspect: --suspect MODEL, or --endpoint URL --model NAME.")
     if endpoint is not None and (model is None or tokenizer is None or base is not None):
@@ -169,7 +170,7 @@ def read(
     from filigrane.adapters.models import load_tokenizer
 
     writer = load_tokenizer(tokenizer or str(suspect))
-    reader = Texts(writer, prompts)
+    reader = Texts(writer, prompts, chosen)
     texts: list[MarkedText] = []
     inputs = []
     for path in each(files):
@@ -181,6 +182,8 @@ def read(
         "width": width,
         "context": context,
         "top": top or (64 if endpoint is None else 18),
+        "key_fingerprints": sorted({t.key_fingerprint for t in texts if t.key_fingerprint}),
+        "encoded": sum(text.encoded for text in texts),
         "writer": {"name": writer.name, "tokenizer_sha256": writer.tokenizer_sha256},
     }
     folder = ReadingFolder(out)
@@ -213,7 +216,10 @@ def read(
         return
     out_ = render.stdout()
     out_.print(render.facts({rule: str(count) for rule, count in reading.ledger.items()}))
-    render.notice(f"{len(texts)} texts read into {out}; test them: filigrane radioactivity test")
+    render.notice(
+        f"{len(texts)} texts read into {out}; next: filigrane radioactivity test {out} "
+        f"--scheme {chosen.tag} --key-file KEY"
+    )
 
 
 def _documents(texts: list[MarkedText], context: Context, kind: Any) -> list[Any]:
@@ -252,6 +258,11 @@ def _from_model(
     render.notice(f"loading {suspect}" + (f" and {base}" if base else ""))
     one = load(suspect, **where)
     two = None if base is None else load(base, **where)
+    if two is not None and weights_sha256(one.model) == weights_sha256(two.model):
+        raise FiligraneError(
+            "suspect and base model are the same model: nothing has changed between them. Name the "
+            "model that the suspect is presumed to be trained from, or none."
+        )
 
     def facts(loaded: Any) -> dict[str, object]:
         return {

@@ -91,7 +91,7 @@ def test(
         bool,
         typer.Option(
             "--sequential",
-            help="Also follow the e-value of counts: it may be looked at while evidence comes in.",
+            help="Also follow the e-value of answers: it may be looked at while they come in.",
             rich_help_panel=_HOW,
         ),
     ] = False,
@@ -157,11 +157,19 @@ def test(
     controls = [loader.load(path, "control") for path in each(control or [])]
     found = None if baseline is None else _baseline(baseline)
     first = pieces[0]
+    for path, piece in zip(evidence, pieces, strict=True):
+        if piece.owners and root.fingerprint not in piece.owners:
+            render.warn(f"the texts of {path} say that they were marked with another key")
     kinds = {piece.suspect["access"] for piece in pieces}
     if len({str((piece.suspect, piece.base)) for piece in pieces}) > len(kinds):
         raise EvidenceError(
             "these pieces of evidence are of different suspects or base models; test each suspect "
             "on its own."
+        )
+    if combination in ("fisher", "stouffer") and _overlap([piece.tests[0] for piece in pieces]):
+        raise EvidenceError(
+            f"these pieces of evidence share windows and tokens, so their p-values are not "
+            f"independent, which {combination} needs; use --combine holm."
         )
     results: list[dict[str, Any]] = []
     clean: list[dict[str, Any]] = []
@@ -172,7 +180,7 @@ def test(
                 report(len(results) + len(clean), total, item.name)
                 outcome = testing.test(item, key, test_scheme, decoys=decoys, seed=seed)
                 sequence = None
-                if sequential and isinstance(item, Tuples):
+                if sequential and isinstance(item, Tuples) and item.name.startswith("answer"):
                     sequence = follow(item, key, test_scheme)
                 place.append(
                     documents.result(outcome, alpha, primary=number == 0, sequence=sequence)
@@ -202,6 +210,8 @@ def test(
         render.dump(document)
     else:
         _show(document)
+        if out is not None:
+            render.notice(f"kept in {out}; next: filigrane radioactivity report {out}")
     if not document["verdict"]:
         raise typer.Exit(1)
 
@@ -215,6 +225,7 @@ class _Piece:
         self.base: dict[str, Any] | None = None
         self.alignment: dict[str, Any] | None = None
         self.retokenized = False
+        self.owners: set[str] = set()
 
 
 class _Loader:
@@ -240,6 +251,8 @@ class _Loader:
             self.inputs.append(described(filter_path, len(self._filter), "filter").as_json())
 
     def load(self, path: str, role: str) -> _Piece:
+        if not Path(path).exists():
+            raise RecordError(f"{path}: there is no such folder or file.")
         return self._reading(path) if Path(path).is_dir() else self._answers(path, role)
 
     def _reading(self, path: str) -> _Piece:
@@ -247,7 +260,12 @@ class _Loader:
         from filigrane.adapters.evidence import ReadingFolder
 
         folder = ReadingFolder(path)
-        settings, reading = folder.settings, folder.load()
+        settings = folder.settings
+        if "inputs" not in settings:
+            raise RecordError(
+                f"{path} is a reading of a study, which has tested it already (results.jsonl)."
+            )
+        reading = folder.load()
         wanted = sum(item["records"] for item in settings["inputs"])
         if folder.done < wanted:
             raise RecordError(
@@ -261,20 +279,22 @@ class _Loader:
             )
         if self._filter is not None:
             raise EvidenceError("--filter is for answers; a reading scores windows of the texts.")
-        made: dict[str, Any] = {"argmax": ra.argmax(reading), "soft": ra.soft(reading)}
-        if reading.base is not None:
-            made["differential"] = ra.differential(reading)
+        makers: dict[str, Any] = {
+            "argmax": ra.argmax,
+            "soft": ra.soft,
+            "differential": ra.differential,
+        }
         first = self._statistic
         if first == "auto":
-            first = "differential" if "differential" in made else "argmax"
-        if first not in made:
-            raise EvidenceError(
-                f"{path} was read without a base model; read it again with --base, or use "
-                "--statistic argmax or soft."
-            )
-        piece = _Piece([made.pop(first), *made.values()])
+            first = "argmax" if reading.base is None else "differential"
+        piece = _Piece([makers.pop(first)(reading)])
+        for maker in makers.values():
+            with contextlib.suppress(EvidenceError):  # the others are only shown
+                piece.tests.append(maker(reading))
         piece.suspect, piece.base = settings["suspect"], settings["base"]
         piece.alignment = folder.notes.get("alignment")
+        piece.owners = set(settings.get("key_fingerprints", ()))
+        piece.retokenized = settings.get("encoded", 0) > 0
         self.inputs += settings["inputs"]
         return piece
 
@@ -286,7 +306,7 @@ class _Loader:
                 f"{path} holds answers; name the tokenizer of the model whose mark is tested "
                 "(--tokenizer MODEL)."
             )
-        found, again = exchanges(path, self._loaded)
+        found, again, (model, endpoint) = exchanges(path, self._loaded)
         size = self._loaded.tokenizer_size
         highest = max((int(item.answer.max(initial=0)) for item in found), default=0)
         if highest >= size:
@@ -299,19 +319,35 @@ class _Loader:
             with contextlib.suppress(EvidenceError):
                 piece.tests.append(answers(found, self._width))
         piece.retokenized = again > 0
-        with open(path, encoding="utf-8") as file:
-            head = jsonlib.loads(file.readline())
         piece.suspect = {
-            "name": str(head.get("model")),
+            "name": model,
             "access": "closed",
             "vocab_size": None,
             "tokenizer_sha256": None,
             "weights_sha256": None,
-            "endpoint": head.get("endpoint"),
+            "endpoint": endpoint,
         }
         role = "answers" if role == "evidence" else role
         self.inputs.append(described(path, len(found), role).as_json())
         return piece
+
+
+def _overlap(tests: "list[Tuples | Weighted]") -> bool:
+    """Whether two pieces score one token after one window: one keyed number in two p-values."""
+    import numpy as np
+
+    from filigrane.radioactivity.evidence import Tuples
+    from filigrane.radioactivity.rules import first_rows
+
+    cells = []
+    for item in tests:
+        if isinstance(item, Tuples):
+            cells.append(item.rows)
+        else:
+            windows = np.repeat(item.windows, np.diff(item.starts), axis=0)
+            cells.append(np.concatenate([windows, item.tokens[:, None]], axis=1))
+    total = sum(rows.shape[0] for rows in cells)
+    return bool(first_rows(np.concatenate(cells)).shape[0] < total)
 
 
 def _baseline(path: str) -> dict[str, Any]:
@@ -360,6 +396,10 @@ def _show(document: dict[str, Any]) -> None:
         f"{count} {rule}" for rule, count in document["results"][0]["ledger"].items()
     )
     out.print(Text(f"positions: {dropped}", style="dim"))
+    for row in document["results"]:
+        if (seen := row["sequential"]) is not None:
+            at = "not reached" if seen["decided_at"] is None else f"after {seen['decided_at']}"
+            out.print(f"e-value: log10 {seen['log10_e_max']:.1f} at most; 1 / alpha {at} scored")
     combined, alpha = document["combined"], document["alpha"]
     verdict = "found" if document["verdict"] else "not found"
     rule = "" if combined["of"] == 1 else f" ({combined['method']} of {combined['of']})"
@@ -372,5 +412,5 @@ def _show(document: dict[str, Any]) -> None:
     )
     if not document["verdict"]:
         more = document["results"][0]["needed"]["n_scored"]
-        hint = "" if more is None else f"; at this effect it would take about {more} scored"
+        hint = "" if more is None else f"; at this effect it would take about {more} positions"
         render.notice(f"not finding a trace does not show that there is none{hint}")

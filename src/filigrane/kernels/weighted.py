@@ -1,6 +1,6 @@
 """Weighted sums of scores, and their cumulants, compiled.
 
-The twin in plain numpy is `radioactivity.weighted`: `reference_total` and `reference_cumulants`.
+The twin in plain numpy is `radioactivity.weighted`: `reference_total` and `reference_cumulant`.
 """
 
 import math

@@ -116,7 +116,7 @@ class Tuples:
     """Windows and the one token that followed each; no pair twice.
 
     rows: (n, width + 1) uint32, window then token; name: the statistic; ledger: what was dropped;
-    n_exchanges: documents or requests they come from.
+    n_documents: texts or requests they come from.
     """
 
     rows: npt.NDArray[np.uint32]

@@ -7,6 +7,7 @@ windows of the logged text itself; unsupervised: those of fresh text of the same
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -91,7 +92,7 @@ class WindowFilter:
         return found
 
 
-def _names(windows: npt.NDArray[np.uint32]) -> npt.NDArray[np.void]:
+def _names(windows: npt.NDArray[np.uint32]) -> npt.NDArray[Any]:
     """One comparable value per row; big endian, so that bytes are ordered as numbers are."""
     rows = np.ascontiguousarray(windows.astype(">u4"))
     return rows.view(np.dtype((np.bytes_, 4 * windows.shape[1]))).reshape(-1)

@@ -58,7 +58,8 @@ def read_positions(
     sequences that the writer could attend to (its own prompt, if that was another one).
     Position t stands for the prediction that follows tokens[t]; its window, tokens[t-width+1 .. t],
     lies wholly in tokens[start:] and occurs nowhere before in tokens nor in earlier. The text's own
-    next token is never scored: it is green by construction.
+    next token is never scored: it is green by construction. The last token's window is left out:
+    texts end alike, and what follows an end says nothing.
     attention_rule: False keeps windows that occurred before, and with them what the suspect copies:
     to show what the rule is for, never for a p-value. Raises TokenError, EvidenceError.
     """
@@ -67,17 +68,18 @@ def read_positions(
         raise EvidenceError(
             f"start={start} and width={width} do not fit a document of {ids.shape[0]} tokens."
         )
-    n = ids.shape[0] - start
+    last = max(ids.shape[0] - 1, start)
+    n = last - start
     first = start + width - 1
     ledger = {"candidates": n, "incomplete window": min(n, width - 1)}
     seen = {name for text in earlier for name in _names(windows_of(as_token_ids(text), width))}
     kept: list[int] = []
     # The tape runs from token 0 on: a window of the prompt spends the same one in the text.
-    for end, name in enumerate(_names(windows_of(ids, width)), start=width - 1):
+    for end, name in enumerate(_names(windows_of(ids[:last], width)), start=width - 1):
         if end >= first and not (attention_rule and name in seen):
             kept.append(end)
         seen.add(name)
-    complete = max(0, ids.shape[0] - first)
+    complete = max(0, last - first)
     ledger["window in the attended context"] = complete - len(kept)
     ledger["scored"] = len(kept)
     return np.asarray(kept, dtype=np.int64), ledger

@@ -1,9 +1,9 @@
 """Looking at the evidence as it comes in: e-values, which stay valid however often one looks.
 
 Reject when log_e >= log(1 / alpha), at any time (Ville 1939); exp(-max log_e) is a p-value. Only
-for scores in an order fixed without the key, each of a (window, token) not scored before: that is
-what `evidence.Tuples` holds, in the order in which they were gathered. E-values of independent keys
-or corpora multiply.
+for answers, in the order in which they were gathered: there nothing that was asked or scored before
+depends on the keyed number of a new (window, token). In reading mode earlier texts were shaped by
+the very lists that later ones are scored with. E-values of independent keys multiply.
 """
 
 import math
@@ -81,10 +81,15 @@ def follow(evidence: Tuples, key: MarkingKey, scheme: Scheme, *, looks: int = 10
     """The e-process of a count test, at `looks` equally spaced numbers of scores.
 
     The e-values of a key's slots are averaged, which is valid under any dependence. Raises
-    EvidenceError for another window width or looks < 1.
+    EvidenceError for evidence of reading, another window width or looks < 1.
     """
     from filigrane.kernels.prf import blocks
 
+    if not evidence.name.startswith("answer"):
+        raise EvidenceError(
+            f"e-values are for answers, not for the {evidence.name} of a reading, whose order "
+            "depends on the key; test it once, when all of it is there."
+        )
     if evidence.width != scheme.context_width or looks < 1:
         raise EvidenceError(
             f"windows of {evidence.width} tokens for a scheme of {scheme.context_width}, and "

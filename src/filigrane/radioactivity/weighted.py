@@ -10,6 +10,7 @@ Gumbel, a sum of weighted fair bits for tournaments.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,19 +67,35 @@ class ScoreLaw:
         """Largest theta * weight at which the cumulant function is finite."""
         return 1.0 if isinstance(self.scheme, Gumbel) else math.inf
 
-    def ends(self, weights: npt.NDArray[np.float64]) -> tuple[float, float, float]:
-        """The smallest and the largest possible sum, and the log probability of the largest."""
+    def ends(self, weights: npt.NDArray[np.float64]) -> tuple[float, float]:
+        """The smallest and the largest possible sum."""
         up, down = float(weights[weights > 0.0].sum()), float(weights[weights < 0.0].sum())
         if isinstance(self.scheme, Gumbel):
-            low = -math.inf if down else -up
-            return low, math.inf if up else -down, -math.inf
+            return (-math.inf if down else -up), (math.inf if up else -down)
         if isinstance(self.scheme, GreenList):
             rest = 1.0 - self.gamma
-            odds = (weights > 0.0).sum() * math.log(self.gamma)
-            odds += (weights < 0.0).sum() * math.log(rest)
-            return rest * down - self.gamma * up, rest * up - self.gamma * down, float(odds)
+            return rest * down - self.gamma * up, rest * up - self.gamma * down
         best = 0.5 * float(self.layers.sum()) * (up - down)
-        return -best, best, -int((weights != 0.0).sum()) * self.layers.size * math.log(2.0)
+        return -best, best
+
+    def log_best(self, weights: npt.NDArray[np.float64], slack: float) -> float:
+        """Log probability that all scores are at their best that could not cost less than slack."""
+        if isinstance(self.scheme, GreenList):
+            up, down = (weights > slack).sum(), (weights < -slack).sum()
+            return float(up * math.log(self.gamma) + down * math.log1p(-self.gamma))
+        sizes = np.abs(weights)
+        return -math.log(2.0) * sum(int((sizes * layer > slack).sum()) for layer in self.layers)
+
+    def grain(self, weights: npt.NDArray[np.float64]) -> float:
+        """How coarse the sum is: the step of a lattice if all weights are equal, 0 if it has none.
+
+        Green scores are 0 or 1, so sums of near-equal weights have atoms; the scores of a
+        tournament are integers up to thousands, Gumbel's are continuous.
+        """
+        if not isinstance(self.scheme, GreenList):
+            return 0.0
+        sizes = np.abs(weights)
+        return float((sizes**3).sum() / (sizes**2).sum())
 
     def cumulants(
         self, theta: float, weights: npt.NDArray[np.float64]
@@ -121,18 +138,32 @@ def tail(total: float, weights: npt.NDArray[np.float64], law: ScoreLaw, copies: 
 
     The saddlepoint formula of Lugannani and Rice (1980) in the form of Barndorff-Nielsen (1986),
     r* = r + log(u / r) / r, which keeps its relative error small however far out; and Chernoff's
-    bound at the same point. weights: (m,), zeros do not matter.
+    bound at the same point. Sums of green scores have atoms, which the formula would halve: a
+    number drawn from (0, grain) is added, P(T >= t) <= P(T + U >= t), with equality on a lattice
+    of that step. weights: (m,), zeros do not matter.
     """
     weights = np.ascontiguousarray(weights[weights != 0.0])
     spread = copies * law.variance * float(weights @ weights)
-    worst, best, odds = (copies * value for value in law.ends(weights))
+    worst, best = (copies * value for value in law.ends(weights))
     slack = 1e-12 * (abs(best) if math.isfinite(best) else 0.0)
     if total >= best - slack:
+        odds = copies * law.log_best(weights, slack)
         return Tail(odds, odds)
     if total <= worst + slack:
         return Tail(0.0, 0.0)
-    theta = _saddle(total / copies, weights, law)
-    k0, _, k2 = (copies * value for value in law.cumulants(theta, weights))
+    grain = law.grain(weights)
+
+    def cumulants(theta: float) -> tuple[float, float, float]:
+        one, more = law.cumulants(theta, weights), uniform_cumulants(theta, grain)
+        k0, k1, k2 = (copies * a + b for a, b in zip(one, more, strict=True))
+        return k0, k1, k2
+
+    theta = _saddle(total, weights, law, cumulants)
+    log_bound = 0.0
+    if theta > 0.0:
+        log_bound = min(0.0, copies * law.cumulants(theta, weights)[0] - theta * total)
+    spread += grain * grain / 12.0
+    k0, _, k2 = cumulants(theta)
     depth = max(0.0, theta * total - k0)
     r = math.copysign(math.sqrt(2.0 * depth), theta)
     if abs(r) < 1e-3:
@@ -141,12 +172,28 @@ def tail(total: float, weights: npt.NDArray[np.float64], law: ScoreLaw, copies: 
         star = r + skew / 6.0
     else:
         star = r + math.log(theta * math.sqrt(k2) / r) / r
-    log_bound = -depth if theta > 0.0 else 0.0
-    # A saddlepoint is an approximation; where it undercuts nothing, the bound is the better one.
+    # Where the approximation lies above the bound, the bound is the better one.
     return Tail(min(stats.log_sf_normal(star), log_bound), log_bound)
 
 
-def _saddle(target: float, weights: npt.NDArray[np.float64], law: ScoreLaw) -> float:
+def uniform_cumulants(theta: float, width: float) -> tuple[float, float, float]:
+    """K, K' and K'' at theta of a number drawn from (0, width)."""
+    t = theta * width
+    if abs(t) < 1e-3:  # the series of log((e^t - 1) / t)
+        return t / 2 + t * t / 24, width * (0.5 + t / 12), width * width * (1 / 12 - t * t / 240)
+    rest = -math.expm1(-abs(t))
+    k0 = max(t, 0.0) + math.log(rest / abs(t))
+    slope = (1.0 / rest if t > 0.0 else 1.0 - 1.0 / rest) - 1.0 / t
+    curve = 1.0 / (t * t) - math.exp(-abs(t)) / (rest * rest)
+    return k0, width * slope, width * width * curve
+
+
+def _saddle(
+    target: float,
+    weights: npt.NDArray[np.float64],
+    law: ScoreLaw,
+    cumulants: Callable[[float], tuple[float, float, float]],
+) -> float:
     """The theta with K'(theta) = target: Newton's method, kept inside a bracket."""
     top = float(weights.max(initial=0.0))
     bottom = float(weights.min(initial=0.0))
@@ -154,7 +201,7 @@ def _saddle(target: float, weights: npt.NDArray[np.float64], law: ScoreLaw) -> f
     high = law.limit / top if top > 0.0 else math.inf
     theta = 0.0
     for _ in range(200):
-        _, slope, curve = law.cumulants(theta, weights)
+        _, slope, curve = cumulants(theta)
         if slope < target:
             low = theta
         else:

@@ -27,6 +27,8 @@ LIMITS: Final = (
     "Who wrote the training data. A mark speaks of a key, and of whoever held it.",
     "That the training was direct. A model that was trained on the answers of another model, or on "
     "data bought or scraped from a third party, can carry the same trace.",
+    "That the answers of a closed suspect are its own. A server that passes questions on to the "
+    "marked model gives marked answers without any training.",
     "That the mark is genuine. Somebody who has seen enough marked text can imitate a mark, and a "
     "model can be trained on such imitations.",
     "How much marked text was used, when, or by whom. The effect depends on the share of marked "

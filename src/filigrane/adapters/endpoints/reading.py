@@ -13,7 +13,6 @@ for than are kept, and kept are those strictly above the (top + 1)-th largest pr
 that yields the same whatever the text's next token is, with ties as well.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -155,8 +154,15 @@ def _law(row: object, top: int, vocabulary: Mapping[str, int] | None) -> Law | N
             token = None if vocabulary is None else vocabulary.get(token)
         if token is not None:
             found[token] = value
+    if len(values) < top + _EXTRA:
+        # With fewer the text's own next token could not be told from those of the law.
+        raise Unusable(
+            f"a position lists {len(values)} log-probabilities where {top + _EXTRA} were asked "
+            f"for; lower top to at most {max(1, len(values) - 1 - _EXTRA)}",
+            tries=1,
+        )
     values.sort(reverse=True)
-    least = values[top] if len(values) > top else -math.inf
+    least = values[top]
     kept = sorted((-value, token) for token, value in found.items() if value > least)
     if not kept:
         return None
