@@ -253,6 +253,17 @@ def test_bad_input_is_said_in_words(go: Any, place: Path) -> None:
     (place / "silent.jsonl").write_text('{"id": 1, "tokens": [1, 2, 3]}\n')
     code, _, stderr = go("read", "silent.jsonl", *read[2:], "--scheme", SCHEME, "--out", "l")
     assert code == 2 and "says nothing of its prompt" in " ".join(stderr.split())
+    (place / "marked.jsonl").write_text(
+        json.dumps({"id": 1, "tokens": [1, 2, 3], "prompt": None, "scheme": two}) + "\n"
+    )
+    for command in (
+        ("read", "marked.jsonl", *read[2:], "--scheme", SCHEME, "--out", "m"),
+        ("filter", "marked.jsonl", "--scheme", SCHEME, "--out", "m.npz"),
+    ):
+        code, _, stderr = go(*command)
+        assert code == 2 and "was marked with another scheme" in " ".join(stderr.split())
+    code, _, stderr = go(*read, "--base", "bob", "--scheme", SCHEME, "--out", "same")
+    assert code == 2 and "suspect and base model are the same" in " ".join(stderr.split())
     rows = [{"id": str(n), "prompt": "t1", "answer": "t2 t3", "model": f"m{n}"} for n in (1, 2)]
     (place / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, _, stderr = go("test", "two.jsonl", *KEY, "--tokenizer", "bob")

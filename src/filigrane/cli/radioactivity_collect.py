@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _SAMPLING = "Sampling"
 _BUDGET = "Budget and pace"
+_SHOWN = 20
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -308,7 +309,7 @@ def _ask(
                 notice=render.notice,
             )
     except BaseException:
-        if os.path.exists(out):
+        if os.path.exists(out) and os.path.getsize(out):
             render.notice(
                 f"what was collected is safe in {out}; the same command continues from there"
             )
@@ -317,8 +318,13 @@ def _ask(
 
 def _say(done: "Collected", out: str) -> None:
     """How it went, in a few lines on stderr."""
-    for failure in done.failures:
+    for failure in done.failures[:_SHOWN]:
         render.warn(f"prompt {failure.id}: {failure.message}")
+    if len(done.failures) > _SHOWN:
+        render.warn(f"and {len(done.failures) - _SHOWN} more prompts without an answer")
+    if not done.written and not done.skipped:
+        render.notice(f"no answers were written to {out}; check the address and the model's name")
+        return
     answers = "answer" if done.written == 1 else "answers"
     before = f", {done.skipped} were there already" if done.skipped else ""
     render.notice(f"{done.written} {answers} of {done.model} written to {out}{before}")
