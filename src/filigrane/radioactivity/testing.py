@@ -19,7 +19,7 @@ from filigrane.detection import totals
 from filigrane.errors import EvidenceError, FiligraneError
 from filigrane.keys import MarkingKey
 from filigrane.radioactivity.evidence import Tuples, Weighted
-from filigrane.radioactivity.rules import Ledger
+from filigrane.radioactivity.rules import Ledger, first_rows
 from filigrane.radioactivity.weighted import ScoreLaw, tail
 from filigrane.schemes.base import Scheme, require_scheme
 
@@ -186,7 +186,7 @@ class _Counted:
         self._law = law
         self._evidence = pairs(evidence)
         self.n_scored = len(evidence)
-        self.n_windows = int(np.unique(evidence.rows[:, :-1], axis=0).shape[0])
+        self.n_windows = int(first_rows(evidence.rows[:, :-1]).shape[0])
         self.concentration = 1.0 / self.n_scored
 
     def total(self, words: npt.NDArray[np.uint32]) -> float:
