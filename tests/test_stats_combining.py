@@ -71,6 +71,17 @@ def test_one_sample_kolmogorov_is_as_close_as_it_says(n: int) -> None:
     assert stats.log_sf_kolmogorov(1.0, n) < -30.0
 
 
+def test_uniformity_is_scipys() -> None:
+    rng = np.random.default_rng(0)
+    for power in (1.0, 1.1, 1.5):
+        p = rng.random(300) ** power
+        expected = oracle.kstest(p, "uniform", method="exact").pvalue
+        assert math.exp(stats.log_uniformity(p)) == pytest.approx(expected, rel=0.1)
+    for bad in ([], [0.5, 1.5], [0.5, math.nan]):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            stats.log_uniformity(bad)
+
+
 @given(st.permutations(range(40)), st.integers(1, 39), st.integers(2, 40))
 def test_two_sample_distance_is_scipys_and_so_is_its_law(
     order: list[int], cut: int, end: int

@@ -1052,6 +1052,20 @@ def log_sf_kolmogorov(d: float, n: int) -> float:
     return _log_kolmogorov(d * (root + 0.12 + 0.11 / root))
 
 
+def log_uniformity(p_values: ArrayLike) -> float:
+    """Logarithm of the Kolmogorov-Smirnov p-value of p-values against the uniform law.
+
+    p_values of shape (n,), in [0, 1]; two-sided; the approximation of `log_sf_kolmogorov`. Raises
+    ValueError for none, or values outside.
+    """
+    p = np.sort(np.asarray(p_values, dtype=np.float64).reshape(-1))
+    n = p.shape[0]
+    if n == 0 or not (p[0] >= 0.0 and p[-1] <= 1.0):
+        raise ValueError("uniformity is tested of p-values between 0 and 1, at least one")
+    steps = np.arange(n + 1) / n
+    return log_sf_kolmogorov(float(max((steps[1:] - p).max(), (p - steps[:-1]).max())), n)
+
+
 def _log_kolmogorov(x: float) -> float:
     """Logarithm of Kolmogorov's limit law, 2 sum (-1)^(k-1) exp(-2 k^2 x^2)."""
     if x <= 0.0:

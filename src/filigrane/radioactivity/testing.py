@@ -318,15 +318,13 @@ def _control(
 ) -> Decoys:
     n = sums.shape[0]
     rank = int((sums >= total).sum())
-    levels = np.sort([judge.middle(float(value), slots) for value in sums])
-    steps = np.arange(n + 1) / n
-    distance = float(max((steps[1:] - levels).max(), (levels - steps[:-1]).max()))
+    levels = [judge.middle(float(value), slots) for value in sums]
     z = np.array([judge.z(float(value), slots) for value in sums])
     return Decoys(
         n=n,
         rank=rank,
         log_pvalue=stats.monte_carlo_log_pvalue(rank, n),
-        ks_log_pvalue=stats.log_sf_kolmogorov(distance, n),
+        ks_log_pvalue=stats.log_uniformity(levels),
         z_mean=float(z.mean()),
         z_sd=float(z.std(ddof=1)),
         z=tuple(map(float, z)),

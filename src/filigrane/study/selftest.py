@@ -189,15 +189,11 @@ def chance(
 
 
 def _uniform(name: str, window: int, logs: Sequence[float]) -> Chance:
-    p = np.sort(np.exp(np.asarray(logs)))
-    n = p.shape[0]
-    steps = np.arange(n + 1) / n
-    distance = float(max((steps[1:] - p).max(), (p - steps[:-1]).max()))
     return Chance(
         name=name,
         window=window,
-        keys=n,
-        ks_pvalue=math.exp(stats.log_sf_kolmogorov(distance, n)),
+        keys=len(logs),
+        ks_pvalue=math.exp(stats.log_uniformity(np.exp(logs))),
         mean_log10_pvalue=float(np.mean(logs)) / _LN10,
     )
 
