@@ -383,6 +383,8 @@ def child(server: bad.BadServer, path: Path, limit: int = 0) -> "subprocess.Pope
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A job in the background inherits an ignored SIGINT, and python then leaves it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

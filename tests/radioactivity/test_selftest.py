@@ -31,9 +31,9 @@ def test_other_schemes_leave_a_trace_too(scheme: Scheme) -> None:
     found = dose(1, 256, 64_000, 1.0, rng, scheme)
     assert max(found.log10_pvalues.values()) < -12.0
     clean = dose(1, 256, 64_000, 0.0, rng, scheme)
-    assert min(clean.log10_pvalues.values()) > -5.0
+    assert min(clean.log10_pvalues.values()) > -6.0
     copied, chances = chance(1, 40, rng, scheme)
-    assert {row.name: row.ks_pvalue > 1e-3 for row in copied} == {
+    assert {row.name: row.ks_pvalue > 1e-4 for row in copied} == {
         "copying, rule on": True,
         "copying, rule off": False,
     }

