@@ -24,6 +24,7 @@ from filigrane.adapters.models import LoadedModel
 from filigrane.contexts import TokenIds, as_token_ids
 from filigrane.errors import MissingDependency, ModelError, TooShort, VocabularyMismatch
 from filigrane.radioactivity.evidence import Document, Reading
+from filigrane.radioactivity.membership import calibrated
 from filigrane.radioactivity.rules import Ledger, add, read_positions, windows_of
 
 try:
@@ -33,7 +34,7 @@ except ImportError as error:
         "reading with a model needs more packages: pip install 'filigrane[transformers]'"
     ) from error
 
-__all__ = ["Report", "chosen_rows", "losses", "read"]
+__all__ = ["Report", "calibrated_losses", "chosen_rows", "losses", "read"]
 
 Report = Callable[[int, int | None, str], None]
 """Takes what is done, what there is to do (None if unknown) and a few words."""
@@ -166,6 +167,19 @@ def losses(
     if report is not None:
         report(len(ids), len(ids), "measuring the loss")
     return found
+
+
+def calibrated_losses(
+    loaded: LoadedModel,
+    pieces: Sequence[TokenIds],
+    *,
+    batch_size: int = 8,
+    report: Report | None = None,
+) -> npt.NDArray[np.float64]:
+    """`membership.calibrated` of pieces of text, (n_i,) ids each: what the baseline compares."""
+    mean = losses(loaded, pieces, batch_size=batch_size, report=report)
+    sums = [float(value) * (piece.shape[0] - 1) for value, piece in zip(mean, pieces, strict=True)]
+    return calibrated(sums, [loaded.tokenizer.decode(piece.tolist()) for piece in pieces])
 
 
 @contextlib.contextmanager

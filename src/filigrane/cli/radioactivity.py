@@ -1,26 +1,25 @@
 """filigrane radioactivity: the commands of the group, each in a file of its own."""
 
-import importlib
-from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
-_PLACES: Final = {
-    "plan": ("radioactivity_plan", "plan"),
-    "collect": ("radioactivity_collect", "collect"),
-    "read": ("radioactivity_read", "read"),
-    "filter": ("radioactivity_filter", "filter_"),
-    "baseline": ("radioactivity_baseline", "baseline"),
-    "test": ("radioactivity_test", "test"),
-    "report": ("radioactivity_report", "report"),
-    "study": ("radioactivity_study", "study"),
-    "selftest": ("radioactivity_selftest", "selftest"),
+from filigrane.cli.radioactivity_baseline import baseline
+from filigrane.cli.radioactivity_collect import collect
+from filigrane.cli.radioactivity_filter import filter_
+from filigrane.cli.radioactivity_plan import plan
+from filigrane.cli.radioactivity_read import read
+from filigrane.cli.radioactivity_report import report
+from filigrane.cli.radioactivity_selftest import selftest
+from filigrane.cli.radioactivity_study import study
+from filigrane.cli.radioactivity_test import test
+
+SUBCOMMANDS: Final = {
+    "plan": plan,
+    "collect": collect,
+    "read": read,
+    "filter": filter_,
+    "baseline": baseline,
+    "test": test,
+    "report": report,
+    "study": study,
+    "selftest": selftest,
 }
-
-
-def _function(module: str, name: str) -> Callable[..., None]:
-    found: Any = getattr(importlib.import_module(f"filigrane.cli.{module}"), name)
-    made: Callable[..., None] = found
-    return made
-
-
-SUBCOMMANDS: Final = {word: _function(*place) for word, place in _PLACES.items()}

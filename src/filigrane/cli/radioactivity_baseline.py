@@ -1,6 +1,6 @@
 """filigrane radioactivity baseline."""
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -10,6 +10,7 @@ from filigrane.cli.radioactivity_inputs import Texts, described
 
 if TYPE_CHECKING:
     from filigrane.cli.radioactivity_inputs import MarkedText
+    from filigrane.contexts import TokenIds
 
 
 def baseline(
@@ -70,6 +71,7 @@ def baseline(
     import math
 
     from filigrane.adapters.models import load
+    from filigrane.adapters.reading import calibrated_losses
     from filigrane.cli.detect import check_alpha
     from filigrane.radioactivity.membership import baseline as run
 
@@ -82,7 +84,9 @@ def baseline(
         for path, role in ((logged, "logged"), (fresh, "fresh")):
             texts = reader.read(path)
             inputs.append(described(path, len(texts), role).as_json())
-            samples.append(calibrated_losses(loaded, texts, batch_size, report))
+            samples.append(
+                calibrated_losses(loaded, _pieces(texts), batch_size=batch_size, report=report)
+            )
     found = run(*samples)
     result = dataclasses.asdict(found) | {"log10_pvalue": found.log_pvalue / math.log(10) + 0.0}
     verdict = found.log_pvalue <= math.log(alpha)
@@ -114,24 +118,17 @@ def baseline(
         raise typer.Exit(1)
 
 
-def calibrated_losses(
-    loaded: Any, texts: "list[MarkedText]", batch_size: int, report: Any
-) -> "list[float]":
-    """Calibrated loss of the first piece of each text, prompt and answer end to end.
+def _pieces(texts: "list[MarkedText]") -> "list[TokenIds]":
+    """The first piece of each text, prompt and answer end to end.
 
     One piece a text: pieces of one text are alike, and the test wants independent ones.
     """
     import numpy as np
 
-    from filigrane.adapters.reading import losses
-    from filigrane.radioactivity.membership import PIECE, calibrated
+    from filigrane.radioactivity.membership import PIECE
 
-    pieces = []
-    for text in texts:
-        ids = text.tokens if text.prompt is None else np.concatenate([text.prompt, text.tokens])
-        if ids.shape[0] > 1:
-            pieces.append(ids[:PIECE])
-    mean = losses(loaded, pieces, batch_size=batch_size, report=report)
-    sums = [float(value) * (piece.shape[0] - 1) for value, piece in zip(mean, pieces, strict=True)]
-    strings = [loaded.tokenizer.decode(piece.tolist()) for piece in pieces]
-    return [float(value) for value in calibrated(sums, strings)]
+    whole = [
+        text.tokens if text.prompt is None else np.concatenate([text.prompt, text.tokens])
+        for text in texts
+    ]
+    return [ids[:PIECE] for ids in whole if ids.shape[0] > 1]

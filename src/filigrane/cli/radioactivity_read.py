@@ -258,13 +258,8 @@ def _from_model(
     render.notice(f"loading {suspect}" + (f" and {base}" if base else ""))
     one = load(suspect, **where)
     two = None if base is None else load(base, **where)
-    if two is not None and weights_sha256(one.model) == weights_sha256(two.model):
-        raise FiligraneError(
-            "suspect and base model are the same model: nothing has changed between them. Name the "
-            "model that the suspect is presumed to be trained from, or none."
-        )
 
-    def facts(loaded: Any) -> dict[str, object]:
+    def facts(loaded: Any) -> dict[str, Any]:
         return {
             "name": loaded.name,
             "access": "open",
@@ -274,6 +269,12 @@ def _from_model(
             "endpoint": None,
         }
 
+    about: dict[str, Any] = {"suspect": facts(one), "base": None if two is None else facts(two)}
+    if about["base"] and about["base"]["weights_sha256"] == about["suspect"]["weights_sha256"]:
+        raise FiligraneError(
+            "suspect and base model are the same model: nothing has changed between them. Name the "
+            "model that the suspect is presumed to be trained from, or none."
+        )
     documents = _documents(texts, settings["context"], Document)
     vocab_size = max((text.vocab_size or 0 for text in texts), default=0) or None
     alignment = None
@@ -281,8 +282,7 @@ def _from_model(
         alignment = Alignment(writer, one, vocab_size=vocab_size)
         # All of them, also those that were read before: what is counted is the whole.
         alignment.require([document.tokens for document in documents])
-    settings |= {"suspect": facts(one), "base": None if two is None else facts(two)}
-    first = folder.begin(settings | {"aligned": alignment is not None})
+    first = folder.begin(settings | about | {"aligned": alignment is not None})
     after = first
     for reading in run(
         one,

@@ -142,7 +142,7 @@ def test(
     words = key.prf_keys(scheme.label)
     slots = int(words.shape[0])
     total = sum(judge.total(word) for word in words)
-    log_pvalue, log_bound, z = judge.tail(total, slots)
+    log_pvalue, log_bound = judge.tail(total, slots)
     control = None
     if decoys:
         sums = np.empty(decoys)
@@ -151,7 +151,6 @@ def test(
             if progress is not None:
                 progress(number + 1, decoys)
         control = _control(sums, total, judge, slots, seed)
-    n = judge.n_scored * slots
     excess, low, high, how = judge.effect(total, slots)
     return RadioactivityResult(
         statistic=evidence.name,
@@ -159,8 +158,8 @@ def test(
         method=judge.method + (f", summed over {slots} slots" if slots > 1 else ""),
         log_bound=log_bound,
         total=total,
-        z=z,
-        n_scored=n // slots,
+        z=judge.z(total, slots),
+        n_scored=judge.n_scored,
         n_windows=judge.n_windows,
         n_documents=evidence.n_documents,
         n_slots=slots,
@@ -192,10 +191,9 @@ class _Counted:
     def total(self, words: npt.NDArray[np.uint32]) -> float:
         return totals(self._evidence, words[None], self._law.scheme)[0]
 
-    def tail(self, total: float, slots: int) -> tuple[float, float, float]:
-        n = self.n_scored * slots
-        exact = self._law.scheme.log_sf(total, n)
-        return exact, exact, self.z(total, slots)
+    def tail(self, total: float, slots: int) -> tuple[float, float]:
+        exact = self._law.scheme.log_sf(total, self.n_scored * slots)
+        return exact, exact
 
     def z(self, total: float, slots: int) -> float:
         n = self.n_scored * slots
@@ -203,11 +201,7 @@ class _Counted:
 
     def middle(self, total: float, slots: int) -> float:
         """The p-value's middle, (P(>=) + P(>)) / 2, which is uniform for discrete sums too."""
-        at = math.exp(self._law.scheme.log_sf(total, self.n_scored * slots))
-        if self._law.unit == "mean score" and not self._law.layers.size:
-            return at  # Gumbel: a continuous law
-        above = math.exp(self._law.scheme.log_sf(total + 1.0, self.n_scored * slots))
-        return 0.5 * (at + above)
+        return spread_pvalue(total, self.n_scored * slots, self._law, 0.5)
 
     def effect(self, total: float, slots: int) -> tuple[float, float, float, str]:
         n = self.n_scored * slots
@@ -247,9 +241,9 @@ class _Summed:
         e = self._evidence
         return self._law.total(words, e.windows, e.starts, e.tokens, e.weights)
 
-    def tail(self, total: float, slots: int) -> tuple[float, float, float]:
+    def tail(self, total: float, slots: int) -> tuple[float, float]:
         found = tail(total, self._evidence.weights, self._law, slots)
-        return found.log_pvalue, found.log_bound, self.z(total, slots)
+        return found.log_pvalue, found.log_bound
 
     def z(self, total: float, slots: int) -> float:
         return total / math.sqrt(slots * self._spread)
@@ -277,6 +271,15 @@ def pairs(evidence: Tuples) -> Evidence:
         width=length - 1,
         n_repeated=0,
     )
+
+
+def spread_pvalue(total: float, n: int, law: ScoreLaw, share: float) -> float:
+    """P(sum of n scores > total) + share P(= total): with share uniform on (0, 1) it is uniform."""
+    at = math.exp(law.scheme.log_sf(total, n))
+    if law.continuous:
+        return at
+    above = math.exp(law.scheme.log_sf(total + 1.0, n))
+    return above + share * (at - above)
 
 
 def clopper_pearson(count: int, n: int, log_level: float = _LEVEL) -> tuple[float, float]:

@@ -63,6 +63,11 @@ class ScoreLaw:
         )
 
     @property
+    def continuous(self) -> bool:
+        """Whether a sum of scores has no atoms; else it is an integer."""
+        return isinstance(self.scheme, Gumbel)
+
+    @property
     def limit(self) -> float:
         """Largest theta * weight at which the cumulant function is finite."""
         return 1.0 if isinstance(self.scheme, Gumbel) else math.inf

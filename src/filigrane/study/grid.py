@@ -25,7 +25,7 @@ from filigrane import stats
 from filigrane.adapters.evidence import ReadingFolder, replacing
 from filigrane.adapters.finetuning import FineTuning, finetune
 from filigrane.adapters.models import DType, LoadedModel, chat_prompt, load, weights_sha256
-from filigrane.adapters.reading import losses, read
+from filigrane.adapters.reading import calibrated_losses, read
 from filigrane.adapters.transformers import TransformersModel
 from filigrane.contexts import as_token_ids
 from filigrane.embedding import embed_batch
@@ -42,12 +42,12 @@ from filigrane.radioactivity import (
     answers,
     argmax,
     baseline,
-    calibrated,
     differential,
     soft,
     testing,
 )
-from filigrane.schemes import Gumbel, from_tag
+from filigrane.radioactivity.weighted import ScoreLaw
+from filigrane.schemes import from_tag
 from filigrane.schemes.base import Scheme
 from filigrane.study import instruct
 from filigrane.study.documents import versions
@@ -430,13 +430,7 @@ class _Study:
         samples = []
         for records in (logged, fresh):
             pieces = [np.asarray(r["prompt_tokens"] + r["tokens"]) for r in records]
-            mean = losses(bob, pieces, report=self.report)
-            sums = [
-                float(value) * (piece.shape[0] - 1)
-                for value, piece in zip(mean, pieces, strict=True)
-            ]
-            texts = [bob.tokenizer.decode(piece.tolist()) for piece in pieces]
-            samples.append(calibrated(sums, texts))
+            samples.append(calibrated_losses(bob, pieces, report=self.report))
         found = baseline(*samples)
         return self._about(cell) | {
             "setting": "baseline (no mark)",
@@ -533,11 +527,11 @@ def _spread(outcome: RadioactivityResult, scheme: Scheme, uniform: float) -> flo
 
     P(> t) + u P(= t) is uniform under H0; P(>= t), which is what a test reports, is larger.
     """
-    if not outcome.method.startswith("exact") or isinstance(scheme, Gumbel):
+    law = ScoreLaw.of(scheme)
+    if not outcome.method.startswith("exact") or law.continuous:
         return outcome.log_pvalue
-    above = scheme.log_sf(outcome.total + 1.0, outcome.n_scored * outcome.n_slots)
-    at = math.exp(outcome.log_pvalue)
-    return math.log(math.exp(above) + max(uniform, 1e-300) * (at - math.exp(above)))
+    n = outcome.n_scored * outcome.n_slots
+    return math.log(testing.spread_pvalue(outcome.total, n, law, max(uniform, 1e-300)))
 
 
 def calibration(folder: Path) -> list[dict[str, Any]]:
