@@ -20,7 +20,7 @@ FLOORS = [
     ["keys"],
     ["schemes"],
     ["embedding", "detection", "tracing", "bayes"],
-    ["speculative", "radioactivity"],
+    ["speculative", "radioactivity", "foreign", "serving"],
     ["toy"],
     ["adapters"],
     ["bench", "study"],

@@ -9,6 +9,7 @@ import typer
 from rich.text import Text as Styled
 
 from filigrane.cli import render, texts
+from filigrane.cli.foreign import AnyScheme, ForeignOptions, ProfileTag, detect_foreign
 from filigrane.cli.options import (
     Files,
     Format,
@@ -17,7 +18,6 @@ from filigrane.cli.options import (
     KeyFile,
     Keyring,
     Retokenize,
-    SchemeTag,
     Tokenizer,
     User,
     VocabSize,
@@ -48,8 +48,9 @@ class _Row:
 
 
 def detect(
-    scheme: SchemeTag,
     files: Files = None,
+    scheme: AnyScheme = None,
+    profile: ProfileTag = None,
     key_file: KeyFile = None,
     keyring: Keyring = None,
     user: User = None,
@@ -66,6 +67,9 @@ def detect(
 ) -> None:
     """Test texts for a key's mark, with an exact p-value for each.
 
+    The mark is one of filigrane's (--scheme) or another tool's (--profile); for the latter a key
+    file holds that tool's own key, or a filigrane key from which it was derived.
+
     --alpha holds for each text on its own. With several texts there is also a column "Holm": log10
     p corrected for all texts of the run.
 
@@ -74,7 +78,30 @@ def detect(
     interrupted.
     """
     check_alpha(alpha)
-    test = from_tag(scheme)
+    if (scheme is None) == (profile is None):
+        raise FiligraneError(
+            "name one mark: --scheme TAG for filigrane's own (`filigrane schemes` lists them), or "
+            "--profile NAME for another tool's (docs/interop.md lists them; auto tries all)."
+        )
+    if profile is not None:
+        detect_foreign(
+            profile,
+            texts.sources(files),
+            ForeignOptions(
+                key_file=key_file,
+                keyring=keyring,
+                user=user,
+                alpha=alpha,
+                joint=joint,
+                tokenizer=tokenizer,
+                retokenize=retokenize,
+                vocab_size=vocab_size,
+                form=form,
+                json=json,
+            ),
+        )
+        return
+    test = from_tag(scheme or "")
     inputs = texts.sources(files)
     root = read_key(key_file, keyring)
     key = for_user(root, user)

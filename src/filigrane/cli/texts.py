@@ -25,13 +25,14 @@ _KEY_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}(/[0-9]{1,20})?"
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """One text to test."""
+    """One text to test; prompt: the ids before it, if the record has them."""
 
     place: Place
     id: int | str | None
     tokens: TokenIds
     key: str | None
     key_fingerprint: str | None
+    prompt: TokenIds | None = None
 
 
 def sources(files: Sequence[str] | None) -> list[str]:
@@ -44,11 +45,14 @@ def sources(files: Sequence[str] | None) -> list[str]:
 
 
 class Reader:
-    """Reads texts; tokenizer is a model's name, loaded once (without weights), or None."""
+    """Reads texts; tokenizer is a model's name, loaded once (without weights), or None.
+
+    scheme: what records are held to; None for marks of other tools, whose prompts are read as well.
+    """
 
     def __init__(
         self,
-        scheme: Scheme,
+        scheme: Scheme | None,
         *,
         tokenizer: str | None,
         vocab_size: int | None,
@@ -77,7 +81,9 @@ class Reader:
             if isinstance(field, Problem):
                 return field
         given = record.fields.get("tokens")
+        before = record.fields.get("prompt_tokens") if self._scheme is None else None
         try:
+            prompt = None if before is None else _ids(before, size, "prompt_tokens")  # type: ignore[arg-type]
             if given is not None and not (self._retokenize and isinstance(text, str)):
                 tokens = _ids(given, _smaller(size, self._vocab_size))
             elif not isinstance(text, str):
@@ -90,7 +96,7 @@ class Reader:
                 tokens = as_token_ids(self._encode(text), _smaller(size, self._vocab_size))
         except TokenError as error:
             return Problem(record.place, str(error))
-        return Text(record.place, name, tokens, _key_name(record), fingerprint)  # type: ignore[arg-type]
+        return Text(record.place, name, tokens, _key_name(record), fingerprint, prompt)  # type: ignore[arg-type]
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._loaded.tokenizer(text, add_special_tokens=False, verbose=False)[
@@ -112,6 +118,10 @@ class Reader:
                 other = from_tag(tag)
             except SchemeError:
                 return Problem(place, '"scheme" is not one that is known here')
+            if self._scheme is None:
+                return Problem(
+                    place, f"was marked by filigrane itself: pass --scheme {other.tag} instead"
+                )
             if not same_test(other, self._scheme):
                 return Problem(
                     place,
@@ -131,10 +141,10 @@ class Reader:
         return None
 
 
-def _ids(value: object, vocab_size: int | None) -> TokenIds:
+def _ids(value: object, vocab_size: int | None, field: str = "tokens") -> TokenIds:
     # JSON knows no token ids: true, 1.0 and "1" would all convert to one.
     if not isinstance(value, list) or any(type(item) is not int for item in value):
-        raise TokenError('"tokens" is not a list of integers')
+        raise TokenError(f'"{field}" is not a list of integers')
     return as_token_ids(value, vocab_size)
 
 
