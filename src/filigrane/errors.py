@@ -14,6 +14,9 @@
     ├── ModelError             a model or tokenizer cannot be loaded
     ├── EvidenceError          what was gathered about a suspect cannot be tested as it is
     ├── EndpointError          a server is down, refuses, or answers with something unusable
+    ├── KeyringError           a server's keyring cannot be read or contradicts itself
+    ├── RequestRefused         a request to a server cannot be marked as it asks, or must be
+    ├── NotReady               marks made here are not the ones everybody else makes
     └── MissingDependency      an optional package is needed for this call
 
 Catch FiligraneError for all of them; each also derives from the built-in error it refines. An
@@ -76,6 +79,25 @@ class EvidenceError(FiligraneError, ValueError):
 
 class EndpointError(FiligraneError, OSError):
     """A model behind a network address cannot be used; what was collected before is kept."""
+
+
+class KeyringError(FiligraneError, ValueError):
+    """A server's keyring is missing, unreadable or contradicts itself; nothing was started."""
+
+
+class RequestRefused(FiligraneError, ValueError):
+    """A request cannot be marked as it asks or as the server demands; nothing was generated.
+
+    reason: a code of `filigrane.serving.orders.REASONS`.
+    """
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class NotReady(FiligraneError, RuntimeError):
+    """Known answers do not come out on this machine, or an engine would leave text unmarked."""
 
 
 class MissingDependency(FiligraneError, ImportError):

@@ -283,6 +283,11 @@ class Key(MarkingKey):
         """What users' keys of a label are derived from; it never marks anything itself."""
         return self._slot_keys(b"filigrane/v1/users", label)
 
+    def _foreign_block(self, purpose: bytes, profile: str, number: int) -> _Secret[bytes]:
+        """What a number of another tool's key is cut from (`filigrane.foreign.keys`)."""
+        info = purpose + _lp(profile.encode("ascii")) + bytes([number])
+        return _expand(self.__secret, info, 32)
+
     def _slot_keys(self, purpose: bytes, label: str) -> list[_Secret[bytes]]:
         info = purpose + _lp(_label_bytes(label))
         return [_expand(self.__secret, info + bytes([s]), 32) for s in range(self.__slots)]

@@ -1,11 +1,6 @@
-"""Reading and collecting with vLLM: a real server, in an environment of its own.
-
-FILIGRANE_VLLM names that environment's `vllm` program (default: .vllm/bin/vllm beside the
-Makefile); what is run is the Python beside it.
-"""
+"""Reading and collecting with vLLM: a real server, in an environment of its own."""
 
 import json
-import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import servers
+import vllmkit
 from filigrane.adapters.collecting import Prompt, collect
 from filigrane.adapters.endpoints import (
     Endpoint,
@@ -27,17 +22,7 @@ from filigrane.adapters.endpoints import (
 from filigrane.errors import EndpointError
 from filigrane.radioactivity.evidence import Document
 
-PROGRAM = Path(
-    os.environ.get("FILIGRANE_VLLM") or Path(__file__).parents[2] / ".vllm" / "bin" / "vllm"
-)
-
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(
-        not PROGRAM.with_name("python").exists(),
-        reason="no vLLM: `make vllm`, or name its program in FILIGRANE_VLLM",
-    ),
-]
+pytestmark = vllmkit.marks
 
 TOP = 18
 MOST = 20  # vLLM's own limit: what an ordinary server gives has to be enough
@@ -56,31 +41,9 @@ def loaded() -> Any:
 
 @pytest.fixture(scope="module")
 def url(loaded: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    port = servers.free_port()
-    options = {
-        "--model": loaded.model.name_or_path,
-        "--served-model-name": "smollm2",
-        "--host": "127.0.0.1",
-        "--port": str(port),
-        "--max-model-len": "1024",
-        "--dtype": "float32",
-        "--max-logprobs": str(MOST),
-        "--max-num-seqs": "8",
-    }
-    # The program itself looks for a distribution named vllm; the builds for CPUs have other names.
-    python = str(PROGRAM.with_name("python"))
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
-    for pair in options.items():
-        command += pair
-    env = {
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": "2",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-    }
+    options = ["--max-model-len", "1024", "--max-logprobs", str(MOST), "--max-num-seqs", "8"]
     log = tmp_path_factory.mktemp("vllm") / "log"
-    with servers.server(command, port, log, env, patience=400) as base:
+    with vllmkit.serve(loaded.model.name_or_path, log, options) as base:
         yield base
 
 

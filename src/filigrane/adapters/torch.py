@@ -1,8 +1,9 @@
 """The PRF and the schemes on torch tensors, on any device: the same bits, the same laws.
 
     block, field            twins of `prf.block` and `prf.field`, bit for bit
-    fresh                   twin of `contexts.History.fresh`, for a whole batch
+    fresh, fresh_at         twins of `contexts.History.fresh`, for a whole batch
     reweight_logits         twins of `scheme.reweight`, from logits to logits
+    draw_quantile           a draw from such a law by private words
 
 Words travel as int32 tensors that hold the bits of uint32: int32 is the only 32-bit type for which
 torch has all the arithmetic, and it wraps. Laws are computed in float64. Nothing here reads a
@@ -29,7 +30,7 @@ except ImportError as error:
         "marking on torch tensors needs torch: pip install 'filigrane[torch]'"
     ) from error
 
-__all__ = ["block", "field", "fresh", "reweight_logits", "to_words"]
+__all__ = ["block", "draw_quantile", "field", "fresh", "fresh_at", "reweight_logits", "to_words"]
 
 _SIGN: Final = -(2**31)
 
@@ -117,6 +118,25 @@ def fresh(outputs: torch.Tensor, width: int) -> torch.Tensor:
     return ~(windows[:, :-1] == windows[:, -1:]).all(dim=-1).any(dim=-1)
 
 
+def fresh_at(
+    tokens: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor, width: int
+) -> torch.Tensor:
+    """`fresh` for rows of different lengths, which hold their prompts too.
+
+    tokens: (batch, n) ids; row i's text is tokens[i, starts[i] : ends[i]]. starts, ends: (batch,)
+    int64. Returns (batch,) bool.
+    """
+    if tokens.shape[1] < width:
+        return torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
+    windows = tokens.unfold(1, width, 1)
+    last = (ends - width).clamp(0, windows.shape[1] - 1)
+    own = windows.gather(1, last[:, None, None].expand(-1, 1, width))
+    at = torch.arange(windows.shape[1], device=tokens.device)
+    earlier = (at >= starts[:, None]) & (at < last[:, None])
+    repeated = ((windows == own).all(dim=-1) & earlier).any(dim=-1)
+    return (ends - starts >= width) & ~repeated
+
+
 def reweight_logits(scheme: Scheme, logits: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     """What a marked position is drawn from: logits (batch, V) and blocks (batch, 8) -> (batch, V).
 
@@ -142,6 +162,21 @@ def reweight_logits(scheme: Scheme, logits: torch.Tensor, blocks: torch.Tensor) 
         marked = _by_definition(scheme, logits, blocks)
     peak = logits.amax(dim=-1, keepdim=True)
     return torch.where(torch.isfinite(peak), marked.to(logits.dtype), logits)
+
+
+def draw_quantile(log_probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Draw a token from each row's law by its own private words: the quantile, by id.
+
+    log_probs: (batch, V), as `reweight_logits` returns them; noise: (batch, 4) int32 words. Returns
+    (batch,) int64.
+    """
+    probs = torch.softmax(log_probs.to(torch.float64), dim=-1)
+    cumulative = probs.cumsum(dim=-1)
+    high = _shift_right(noise[:, 0], 5).to(torch.float64)
+    low = _shift_right(noise[:, 1], 6).to(torch.float64)
+    target = (high * 2.0**26 + low)[:, None] * 2.0**-53 * cumulative[:, -1:]
+    # Parallel sums are not monotone in their last digits: never land on an impossible token.
+    return ((cumulative > target) & (probs > 0.0)).to(torch.int32).argmax(dim=-1)
 
 
 def _fields(blocks: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

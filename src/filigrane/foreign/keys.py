@@ -24,7 +24,6 @@ from filigrane.keys import (
     MarkingKey,
     UserKey,
     _expand,
-    _lp,
     _read_file,
     _Sealed,
     _Secret,
@@ -202,11 +201,10 @@ def _checked_name(name: str) -> str:
 def _derived(
     root: Key, user: int | None, profile: str, count: int, bits: int
 ) -> _Secret[tuple[int, ...]]:
-    secret: _Secret[bytes] = root._Key__secret  # type: ignore[attr-defined]
     purpose = _PARENTS["root" if user is None else "users"]
     numbers: _Secret[list[int]] = _Secret([])
     for i in range(count):
-        block = _expand(secret, purpose + _lp(profile.encode("ascii")) + bytes([i]), 32)
+        block = root._foreign_block(purpose, profile, i)
         if user is not None:
             block = _expand(block, b"filigrane/v1/user" + user.to_bytes(8, "big"), 32)
         numbers.reveal().append(int.from_bytes(block.reveal(), "big") >> (256 - bits))

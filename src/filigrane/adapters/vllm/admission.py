@@ -1,0 +1,140 @@
+"""Each request, before vLLM takes it: `serving.decide`, counted, with vLLM's names.
+
+Runs in the process that talks to clients. What is refused here raises RequestRefused, a ValueError,
+which vLLM answers with HTTP 400 and the message.
+"""
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any, Final
+
+from filigrane.adapters.vllm import launch
+from filigrane.errors import RequestRefused
+from filigrane.serving.keyring import Keyring
+from filigrane.serving.orders import Decoding, Mark, Unmarked, decide
+
+_TENANT: Final = "filigrane_tenant"
+# Of this process: the middleware and the check of requests run in the same one.
+_SEAL: Final = secrets.token_bytes(32)
+_SEALED: Final = "~"
+
+
+@lru_cache(maxsize=1)
+def keyring() -> Keyring | None:
+    """The server's keyring, read once in each process; None without FILIGRANE_KEYRING."""
+    return Keyring.from_environment()
+
+
+def seal(tenant: str) -> str:
+    """A tenant's name as the middleware hands it on, so that no client can say it itself."""
+    return f"{tenant}{_SEALED}{hmac.new(_SEAL, tenant.encode(), hashlib.sha256).hexdigest()}"
+
+
+def _open(value: object) -> str:
+    name, _, given = str(value).partition(_SEALED)
+    if not hmac.compare_digest(seal(name), f"{name}{_SEALED}{given}"):
+        raise RequestRefused(
+            "filigrane: this server knows tenants by their bearer tokens "
+            "(Authorization: Bearer ...); leave filigrane_tenant out.",
+            reason="unknown_tenant",
+        )
+    return name
+
+
+def arguments(extra: Mapping[str, object] | None, *, check: bool) -> dict[str, object]:
+    """A request's arguments with the tenant's seal taken off.
+
+    check: refuse a tenant that the middleware has not sealed, if tenants have tokens. Engines do
+    not check again what was admitted.
+    """
+    given = dict(extra or {})
+    if _TENANT in given:
+        ring = keyring()
+        known_by_token = ring is not None and any(t.tokens_sha256 for t in ring.tenants.values())
+        if check and known_by_token:
+            given[_TENANT] = _open(given[_TENANT])
+        elif isinstance(given[_TENANT], str):
+            given[_TENANT] = str(given[_TENANT]).partition(_SEALED)[0]
+    return given
+
+
+def decision(params: Any, *, check: bool = False) -> Mark | Unmarked:
+    """What becomes of a request, from its SamplingParams. Raises RequestRefused."""
+    return decide(
+        keyring(),
+        arguments(params.extra_args, check=check),
+        Decoding(
+            temperature=params.temperature,
+            top_k=max(params.top_k, 0),
+            top_p=params.top_p,
+            max_tokens=params.max_tokens,
+            # vLLM searches beams by asking itself for single tokens with their alternatives.
+            beams=params.max_tokens == 1 and bool(params.logprobs) and not params.detokenize,
+        ),
+    )
+
+
+def admit(params: Any) -> Mark | Unmarked:
+    """Decide about a new request and count it. Raises RequestRefused, counted too."""
+    try:
+        decided = decision(params, check=True)
+        if isinstance(decided, Mark):
+            _require_engine(decided)
+    except RequestRefused as error:
+        count("refused", error.reason)
+        raise
+    if isinstance(decided, Mark):
+        count("marked", decided.scheme.name)
+    elif keyring() is not None:
+        count("unmarked", decided.reason)
+    return decided
+
+
+def _require_engine(mark: Mark) -> None:
+    if not launch.ready(mark.scheme.acts_on):
+        raise RequestRefused(
+            "filigrane: the engine of this server does not mark text: "
+            "its logits processors were not loaded. vLLM leaves them out with speculative decoding "
+            "unless model runner V2 is used, and without the plugin 'filigrane' if VLLM_PLUGINS "
+            "is set and does not name it.",
+            reason="engine",
+        )
+
+
+def count(outcome: str, reason: str) -> None:
+    """Count one request: filigrane_requests_total{outcome, reason} of /metrics."""
+    counter = _counter()
+    if counter is not None:
+        counter.labels(outcome=outcome, reason=reason).inc()
+
+
+@lru_cache(maxsize=1)
+def _counter() -> Any:
+    try:
+        from prometheus_client import REGISTRY, Counter
+        from prometheus_client.core import CounterMetricFamily
+    except ImportError:
+        return None
+
+    class Tokens:
+        """Reads the engines' counts when it is asked."""
+
+        def collect(self) -> Iterator[Any]:
+            family = CounterMetricFamily(
+                "filigrane_tokens",
+                "Positions of marked texts, by whether they carry the mark",
+                labels=["state"],
+            )
+            for state, number in launch.counts().items():
+                family.add_metric([state], number)
+            yield family
+
+    REGISTRY.register(Tokens())
+    return Counter(
+        "filigrane_requests",
+        "Requests by what became of them; reason is the scheme of marked ones",
+        ["outcome", "reason"],
+    )

@@ -1,0 +1,164 @@
+"""Tenants by bearer token: `vllm serve ... --middleware filigrane.adapters.vllm.tenants.Tenants`.
+
+vLLM's processors see a request's arguments and nothing of who sent it. This ASGI middleware looks
+the token up in the keyring, writes the tenant into the body's `vllm_xargs`, and answers what is
+refused before vLLM sees it. Answers to what it lets through say in their headers what marks them:
+
+    filigrane-key: acme-2026/17
+    filigrane-scheme: gumbel:context_width=4
+
+Without tokens in the keyring it knows no tenants and does the rest.
+"""
+
+import json
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, Final
+
+from filigrane.adapters.vllm import admission
+from filigrane.errors import RequestRefused
+from filigrane.serving.keyring import Keyring
+from filigrane.serving.orders import Decoding, Mark, decide
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+GUARDED: Final = ("/v1", "/v2", "/inference", "/cohere", "/generative_scoring", "/tokenize")
+"""Paths that want a token, if the keyring has any."""
+MAX_BODY: Final = 64 * 2**20
+"""Bytes; larger bodies are refused (413), not read."""
+
+_log = logging.getLogger("vllm.filigrane")
+
+
+class Tenants:
+    """The middleware. Raises KeyringError when vLLM makes it, if the keyring cannot be read."""
+
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+        self._app = app
+        self._keyring = admission.keyring()
+        if self._keyring is None:
+            _log.warning("filigrane: no keyring; the middleware lets everything through.")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        ring = self._keyring
+        path = str(scope.get("path", "")).removeprefix(scope.get("root_path", ""))
+        guarded = scope["type"] in ("http", "websocket") and path.startswith(GUARDED)
+        if ring is None or not guarded or scope.get("method") == "OPTIONS":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        tenant = None
+        if any(known.tokens_sha256 for known in ring.tenants.values()):
+            kind, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+            tenant = ring.tenant_of(token.strip()) if kind.lower() == "bearer" else None
+            if tenant is None:
+                admission.count("refused", "unknown_tenant")
+                await _answer(
+                    scope, send, 401, "unknown_tenant", "this server wants a tenant's bearer token."
+                )
+                return
+        if scope["type"] == "websocket" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        body = await _body(receive)
+        if body is None:
+            await _answer(scope, send, 413, "malformed", f"bodies have at most {MAX_BODY} bytes.")
+            return
+        try:
+            body, applied = _changed(ring, body, tenant)
+        except RequestRefused as error:
+            admission.count("refused", error.reason)
+            await _answer(scope, send, 400, error.reason, str(error).removeprefix("filigrane: "))
+            return
+        length = (b"content-length", str(len(body)).encode())
+        kept = [(n, v) for n, v in scope["headers"] if n.lower() not in _LENGTHS]
+        changed = {**scope, "headers": [*kept, length]}
+        await self._app(changed, _replay(body, receive), _with_headers(send, applied))
+
+
+_LENGTHS: Final = (b"content-length", b"transfer-encoding")
+
+
+def _changed(
+    ring: Keyring, body: bytes, tenant: str | None
+) -> tuple[bytes, list[tuple[bytes, bytes]]]:
+    """The body as vLLM gets it, and the headers of its answer."""
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        return body, []  # not JSON, or not well formed: vLLM says so, or it is a file
+    if not isinstance(content, dict):
+        return body, []
+    given = content.get("vllm_xargs")
+    if given is None:
+        given = {}
+    if not isinstance(given, dict):
+        return body, []
+    if tenant is not None:
+        if "filigrane_tenant" in given:
+            raise RequestRefused(
+                "filigrane: the tenant follows from the bearer token; leave filigrane_tenant out.",
+                reason="malformed",
+            )
+        given = {**given, "filigrane_tenant": admission.seal(tenant)}
+        content["vllm_xargs"] = given
+        body = json.dumps(content).encode()
+    # What the model's defaults make of temperature and length is vLLM's to say; it asks again.
+    beams = content.get("use_beam_search") is True
+    plain = admission.arguments(given, check=True)
+    decided = decide(ring, plain, Decoding(beams=beams))
+    if not isinstance(decided, Mark):
+        return body, []
+    scheme = decided.scheme.tag.encode()
+    return body, [(b"filigrane-key", decided.key_id.encode()), (b"filigrane-scheme", scheme)]
+
+
+async def _body(receive: Receive) -> bytes | None:
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return b""
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > MAX_BODY:
+            return None
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    sent = False
+
+    async def again() -> MutableMapping[str, Any]:
+        nonlocal sent
+        if sent:
+            return await receive()  # the client's going away
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+def _with_headers(send: Send, headers: list[tuple[bytes, bytes]]) -> Send:
+    async def sender(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start" and message["status"] == 200:
+            message = {**message, "headers": [*message.get("headers", []), *headers]}
+        await send(message)
+
+    return sender
+
+
+async def _answer(scope: Scope, send: Send, status: int, reason: str, message: str) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008, "reason": reason})
+        return
+    error = {"message": f"filigrane: {message}", "type": "BadRequestError", "code": status}
+    error["param"] = reason
+    body = json.dumps({"error": error}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

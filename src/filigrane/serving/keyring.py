@@ -1,0 +1,251 @@
+"""The keys of a server, who may use them, and its policy: a folder that requests only refer to.
+
+    keyring.toml
+        policy = "default"              # or "opt-in", "enforce"
+        schemes = ["gumbel"]            # what may be used; the first is what requests get
+        default = "acme-2026"           # key of requests that name none; without it they name one
+
+        [keys.acme-2026]
+        tenant = "acme"                 # who may use it; without it everybody
+        state = "active"                # or "retired": detects, marks no more
+        file = "acme-2026.key"          # this is the default; as `filigrane keygen` writes it
+        schemes = ["greenlist:delta=3"] # instead of the server's
+
+        [tenants.acme]
+        default = "acme-2026"           # instead of the server's
+        tokens_sha256 = ["..."]         # of the bearer tokens by which a server knows the tenant
+
+    acme-2026.key                       # only its owner may read it
+
+Policy `default` marks what does not opt out, `opt-in` marks what asks for it, `enforce` marks
+everything and refuses what cannot be marked or wants not to be. Secrets stay in the key files:
+nothing of them is shown, and requests name keys by id.
+"""
+
+import hashlib
+import hmac
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, cast
+
+from filigrane.errors import FiligraneError, KeyFormatError, KeyringError, SchemeError
+from filigrane.keys import Key
+from filigrane.schemes import Scheme, from_tag
+
+Policy = Literal["default", "opt-in", "enforce"]
+POLICIES: Final = ("default", "opt-in", "enforce")
+STATES: Final = ("active", "retired")
+FILE: Final = "keyring.toml"
+ENVIRONMENT: Final = "FILIGRANE_KEYRING"
+"""The variable by which an engine's processes find the folder."""
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One key of a keyring: its id, the key, who may use it (None: everybody) and with what."""
+
+    id: str
+    key: Key
+    tenant: str | None
+    active: bool
+    schemes: tuple[Scheme, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tenant:
+    """One customer of a server: the key that is used without asking, and the tokens' digests."""
+
+    name: str
+    default: str | None
+    tokens_sha256: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keyring:
+    """A server's keys, tenants and policy. Made by `Keyring.load`; shows no secret."""
+
+    policy: Policy
+    default: str | None
+    entries: Mapping[str, Entry]
+    tenants: Mapping[str, Tenant]
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "Keyring":
+        """Read a folder. Raises KeyringError, naming what is wrong and where; no secret in it."""
+        path = Path(folder) / FILE
+        try:
+            # An editor's UTF-8 mark at the front of the file would be a syntax error.
+            content = tomllib.loads(path.read_text("utf-8-sig"))
+        except FileNotFoundError:
+            raise KeyringError(
+                f"{path} does not exist: name a folder that holds {FILE} and the key files "
+                "(docs/serving.md shows one)."
+            ) from None
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise KeyringError(f"{path} cannot be read: {error}.") from None
+        return _build(path, content)
+
+    @classmethod
+    def from_environment(cls) -> "Keyring | None":
+        """The keyring of the folder that FILIGRANE_KEYRING names; None if it names none."""
+        folder = os.environ.get(ENVIRONMENT)
+        return cls.load(folder) if folder else None
+
+    def tenant_of(self, token: str) -> str | None:
+        """The tenant whose bearer token this is, or None."""
+        digest = hashlib.sha256(token.encode()).hexdigest()
+        found = None
+        for tenant in self.tenants.values():
+            for known in tenant.tokens_sha256:
+                if hmac.compare_digest(digest, known):
+                    found = tenant.name
+        return found
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """Every scheme that some key may be used with, each once."""
+        return tuple(
+            {scheme.tag: scheme for e in self.entries.values() for scheme in e.schemes}.values()
+        )
+
+
+def _build(path: Path, content: dict[str, Any]) -> Keyring:
+    _only(path, "the file", content, {"policy", "schemes", "default", "keys", "tenants"})
+    policy = content.get("policy", "default")
+    if policy not in POLICIES:
+        raise KeyringError(f"{path}: policy is {policy!r}; use one of {', '.join(POLICIES)}.")
+    shared = _schemes(path, "schemes", content.get("schemes", ["gumbel"]))
+    tables = {name: _table(path, name, content.get(name, {})) for name in ("keys", "tenants")}
+    tenants = {name: _tenant(path, name, table) for name, table in tables["tenants"].items()}
+    entries = {id: _entry(path, id, table, shared) for id, table in tables["keys"].items()}
+    if not entries:
+        raise KeyringError(f"{path} lists no key: add a table [keys.NAME].")
+    for entry in entries.values():
+        if entry.tenant is not None and tenants and entry.tenant not in tenants:
+            raise KeyringError(
+                f"{path}: key {entry.id} belongs to tenant {entry.tenant!r}, of whom there is no "
+                f"table [tenants.{entry.tenant}]."
+            )
+    by_fingerprint: dict[str, str] = {}
+    for entry in entries.values():
+        other = by_fingerprint.setdefault(entry.key.fingerprint, entry.id)
+        if other != entry.id:
+            # Two names for one secret: a text of one would be found with the other's.
+            raise KeyringError(f"{path}: keys {other} and {entry.id} are the same key.")
+    keyring = Keyring(
+        policy=cast(Policy, policy),
+        default=_optional_text(path, "default", content.get("default")),
+        entries=entries,
+        tenants=tenants,
+    )
+    _check_defaults(path, keyring)
+    return keyring
+
+
+def _check_defaults(path: Path, keyring: Keyring) -> None:
+    wanted = [(None, keyring.default)] + [(t.name, t.default) for t in keyring.tenants.values()]
+    digests: dict[str, str] = {}
+    for tenant, id in wanted:
+        entry = None if id is None else keyring.entries.get(id)
+        if id is None:
+            continue
+        if entry is None or not entry.active or entry.tenant not in (None, tenant):
+            whose = "the server" if tenant is None else f"tenant {tenant}"
+            raise KeyringError(
+                f"{path}: the default of {whose}, {id!r}, is not an active key that it may use."
+            )
+    for known in keyring.tenants.values():
+        for digest in known.tokens_sha256:
+            if digests.setdefault(digest, known.name) != known.name:
+                raise KeyringError(
+                    f"{path}: tenants {digests[digest]} and {known.name} share a token."
+                )
+
+
+def _entry(path: Path, id: str, table: dict[str, Any], shared: tuple[Scheme, ...]) -> Entry:
+    where = f"[keys.{id}]"
+    _only(path, where, table, {"tenant", "state", "file", "schemes"})
+    state = table.get("state", "active")
+    if state not in STATES:
+        raise KeyringError(f"{path}: {where} state is {state!r}; use one of {', '.join(STATES)}.")
+    file = _optional_text(path, f"{where} file", table.get("file")) or f"{id}.key"
+    try:
+        key = Key.load(path.parent / file)
+    except KeyFormatError as error:
+        raise KeyringError(f"{where} of {path}: {error}") from None
+    schemes = shared
+    if "schemes" in table:
+        schemes = _schemes(path, f"{where} schemes", table["schemes"])
+    return Entry(
+        id=id,
+        key=key,
+        tenant=_optional_text(path, f"{where} tenant", table.get("tenant")),
+        active=state == "active",
+        schemes=schemes,
+    )
+
+
+def _tenant(path: Path, name: str, table: dict[str, Any]) -> Tenant:
+    where = f"[tenants.{name}]"
+    _only(path, where, table, {"default", "tokens_sha256"})
+    digests = table.get("tokens_sha256", [])
+    if not isinstance(digests, list) or not all(
+        isinstance(digest, str) and _DIGEST.fullmatch(digest) for digest in digests
+    ):
+        raise KeyringError(
+            f"{path}: {where} tokens_sha256 is a list of SHA-256 digests, 64 hex digits each "
+            "(`filigrane engine token` makes a token and its digest)."
+        )
+    default = _optional_text(path, f"{where} default", table.get("default"))
+    return Tenant(name=name, default=default, tokens_sha256=tuple(digests))
+
+
+def _schemes(path: Path, where: str, value: object) -> tuple[Scheme, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
+        raise KeyringError(f'{path}: {where} is a list of schemes, such as ["gumbel"].')
+    try:
+        return tuple(from_tag(tag) for tag in value)
+    except SchemeError as error:
+        raise KeyringError(f"{path}: {where}: {error}") from None
+
+
+def _table(path: Path, name: str, value: object) -> dict[str, dict[str, Any]]:
+    if not isinstance(value, dict) or not all(isinstance(v, dict) for v in value.values()):
+        raise KeyringError(f"{path}: write {name} as tables, [{name}.NAME].")
+    for id in value:
+        if not _NAME.fullmatch(id):
+            raise KeyringError(
+                f"{path}: [{name}.{id!r}] is not a name: use 1 to 64 of A-Z a-z 0-9 . _ @ -, "
+                "the first a letter or digit."
+            )
+    return value
+
+
+def _optional_text(path: Path, where: str, value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise KeyringError(f"{path}: {where} is a text, not {value!r}.")
+
+
+def _only(path: Path, where: str, table: Mapping[str, object], known: set[str]) -> None:
+    unknown = sorted(set(table) - known)
+    if unknown:
+        # A misspelt `state` would leave a retired key in use.
+        raise KeyringError(
+            f"{path}: {where} has {', '.join(unknown)}; known are {', '.join(sorted(known))}."
+        )
+
+
+def require_keyring() -> Keyring:
+    """`Keyring.from_environment`, or FiligraneError saying that the variable has to be set."""
+    keyring = Keyring.from_environment()
+    if keyring is None:
+        raise FiligraneError(f"set {ENVIRONMENT} to the folder of the server's keyring.")
+    return keyring
