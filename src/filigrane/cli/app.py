@@ -33,6 +33,7 @@ COMMANDS: Final = {
     "speculative": "Show numerically what no watermark can have together with speculative "
     "sampling.",
     "radioactivity": "Find out whether another model was trained on marked text.",
+    "engine": "Mark text in engines that serve models: their keyring, servers, probes.",
     "bench": "Measure speed beside what others do, and strength against speed, on this machine.",
 }
 """What the list of commands says of each, in its order. Kept here so that the list needs none of
