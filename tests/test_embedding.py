@@ -272,3 +272,13 @@ def test_logits_of_other_kinds() -> None:
         sampler.sample(np.zeros((1, 9), dtype))
     with pytest.raises(LogitsError, match="real numbers"):
         sampler.sample(np.zeros((1, 9), complex))
+
+
+def test_a_race_among_logits_that_float32_cannot_scale() -> None:
+    """Divided by the temperature they are all -inf in single precision, and still ordered."""
+    from filigrane.kernels.draw import race
+
+    logits = np.full(700, -1e38, np.float32)
+    logits[611] = -0.9e38
+    ids = np.arange(700, dtype=np.uint32)
+    assert race(logits, ids, 1e6, 1, 2, 3, 4) == 611

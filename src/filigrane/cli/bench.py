@@ -48,6 +48,16 @@ def detect(quick: _Quick = False, out: _Out = None, json: Json = False) -> None:
     _time("detect", quick, out, json)
 
 
+def fused(quick: _Quick = False, out: _Out = None, json: Json = False) -> None:
+    """Time the fused kernel on a GPU, beside plain sampling, a copy and vLLM's own kernel.
+
+    Needs torch, triton and a CUDA device; compares with vLLM if it is there.
+
+    Exit codes: 0 done, 2 bad usage, a package or the device is missing.
+    """
+    _time("fused", quick, out, json)
+
+
 def trace(quick: _Quick = False, out: _Out = None, json: Json = False) -> None:
     """Time one text against up to a million user keys.
 
@@ -62,6 +72,7 @@ SUBCOMMANDS: Final[dict[str, Callable[..., None]]] = {
     "embed": embed,
     "detect": detect,
     "trace": trace,
+    "fused": fused,
     "tradeoff": tradeoff,
 }
 

@@ -108,6 +108,8 @@ def race(logits, ids, scale, s0, s1, s2, s3):
             first = b
     if tops[first] >= int32(0x7F800000):  # +inf
         return NOT_FINITE
+    # Scaled logits that float32 cannot hold say nothing: then everything is computed in full.
+    blind = tops[first] <= int32(-0x7F800001)
     keys = np.empty(1, np.int32)
     best = -np.inf
     winner = NOT_FINITE
@@ -117,7 +119,9 @@ def race(logits, ids, scale, s0, s1, s2, s3):
             continue
         keys[0] = _order(tops[b])
         # Bounds are float32: their rounding is far below this slack.
-        limit = best - (1e-4 + 1e-6 * (abs(best) + 30.0)) if winner >= 0 else -np.inf
+        limit = -np.inf
+        if winner >= 0 and not blind:
+            limit = best - (1e-4 + 1e-6 * (abs(best) + 30.0))
         if keys.view(np.float32)[0] < limit:
             continue
         start = b * _BLOCK
@@ -130,7 +134,8 @@ def race(logits, ids, scale, s0, s1, s2, s3):
                 if score > best or (score == best and start + j < winner):
                     best = score
                     winner = start + j
-                    limit = best - (1e-4 + 1e-6 * (abs(best) + 30.0))
+                    if not blind:
+                        limit = best - (1e-4 + 1e-6 * (abs(best) + 30.0))
     return winner
 
 

@@ -42,7 +42,15 @@ except ImportError as error:
 
 from filigrane.adapters.torch import block, draw_quantile, fresh_at, reweight_logits, to_words
 
+try:
+    from filigrane.adapters import fused
+except MissingDependency:  # no Triton: the operations of torch do the same
+    fused = None  # type: ignore[assignment]
+
 _log = logging.getLogger("vllm.filigrane")
+
+_COUNT_EVERY: Final = 64
+"""Steps of V2 between two looks at what was marked."""
 
 
 class _Row:
@@ -202,6 +210,10 @@ class _Processor(ProcessorV1, ProcessorV2):
                 np.array([s.top_k for s in samplings]),
                 np.array([s.top_p for s in samplings]),
             )
+            if logits.device.type == "cuda" and fused is not None:
+                _leave_only(pool, fused.sample(pool, _fused_rows(texts, logits.device)))
+                logits.index_copy_(0, index, pool)
+                return
         words = to_words(blocks(texts), logits.device)
         noise = to_words(np.stack([text.noise() for text in texts]), logits.device)
         for scheme in dict.fromkeys(text.scheme for text in texts):
@@ -270,6 +282,23 @@ def _marked_logits(
     return torch.where(torch.isfinite(logits.amax(dim=-1, keepdim=True)), marked, logits)
 
 
+def _fused_rows(texts: list[MarkedText], device: torch.device) -> Any:
+    return fused.Rows.of(
+        [text.scheme for text in texts],
+        np.stack([np.asarray(text.key_words) for text in texts]),
+        [text.window for text in texts],
+        np.stack([text.noise() for text in texts]),
+        [1.0] * len(texts),  # vLLM has applied it
+        device,
+    )
+
+
+def _leave_only(logits: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Leave one token of each row, in place; a row without one (NaN, +inf) stays as it is."""
+    kept = torch.full_like(logits, -torch.inf).scatter_(-1, tokens.clamp_min(0)[:, None], 0.0)
+    logits.copy_(torch.where((tokens >= 0)[:, None], kept, logits))
+
+
 class _DeviceRows:
     """What V2 needs on the device: one line for each place that a request can take."""
 
@@ -286,6 +315,9 @@ class _DeviceRows:
         self._resumed: list[tuple[int, Mark, int | None, str]] = []
         self._changed = True
         self._device: tuple[torch.Tensor, ...] = ()
+        # Marked and other rows of marked texts; read every so often, because reading waits.
+        self._seen = torch.zeros(2, dtype=torch.int64, device=states.device)
+        self._steps = 0
 
     def put(self, place: int, mark: Mark | None, params: Any, nonce: str) -> None:
         self._changed = True
@@ -336,10 +368,13 @@ class _DeviceRows:
         on_host = self._scheme[requests]
         noise = block(noise_keys[places], (ends - starts)[:, None])[:, :4]
         pool = None
+        self._count(counts)
         for number in sorted(set(on_host[on_host >= 0].tolist())):
             law = self._schemes[number]
             width = law.context_width
-            marked = fresh_at(tokens, starts, ends, width) & (scheme[places] == number)
+            own = scheme[places] == number
+            marked = fresh_at(tokens, starts, ends, width) & own
+            self._seen += torch.stack([marked.sum(), (own & ~marked).sum()])
             columns = (ends[:, None] + torch.arange(-width, 0, device=ends.device)).clamp_min(0)
             keyed = block(words[places], tokens.gather(1, columns))
             if law.acts_on == "logits":
@@ -350,6 +385,12 @@ class _DeviceRows:
                 changed = _marked_logits(law, pool, keyed, noise)
             logits = torch.where(marked[:, None], changed, logits)
         return logits
+
+    def _count(self, counts: np.ndarray[Any, Any]) -> None:
+        self._steps += 1
+        if self._steps % _COUNT_EVERY == 0:
+            counts += self._seen.cpu().numpy()
+            self._seen.zero_()
 
     def _tokens(self, context: Any, places: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """Each row's tokens up to its own, (rows, longest): committed ones, then drafts."""
