@@ -2,7 +2,8 @@
 
 V2 is written for graphics processors and refuses to start without a compiler for Triton. Its
 interpreter is told to vLLM here as if it were one; nothing of vLLM or of filigrane is changed.
-Reads {"model", "schemes", "tokens", "speculation"} from stdin; the last line it writes is JSON.
+Reads {"model", "tokens", "arguments", "engine"} from stdin: one text for each of the requests'
+arguments, and options of LLM. The last line it writes is JSON.
 """
 
 import json
@@ -46,10 +47,6 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     asked = json.load(sys.stdin)
-    options = {}
-    if asked["speculation"]:
-        drafts = {"method": "ngram", "num_speculative_tokens": 2}
-        options["speculative_config"] = drafts | {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
     llm = LLM(
         asked["model"],
         dtype="float32",
@@ -58,29 +55,28 @@ def main() -> None:
         seed=0,
         max_num_seqs=4,
         disable_log_stats=False,
-        **options,
+        **asked["engine"],
     )
     prompts = [
         "The sea in winter. The sea in winter. The sea in",
         "one two three one two three one",
+        "Paris is Paris is Paris is",
     ]
     params = [
         SamplingParams(
             max_tokens=asked["tokens"],
             temperature=1.2,
             ignore_eos=True,
-            extra_args={"filigrane_scheme": scheme},
+            extra_args=arguments,
         )
-        for scheme in asked["schemes"]
+        for arguments in asked["arguments"]
     ]
     outputs = llm.generate(prompts[: len(params)], params)
-    drafted = sum(
-        metric.value
-        for metric in llm.get_metrics()
-        if metric.name == "vllm:spec_decode_num_draft_tokens"
-    )
+    counted = {metric.name: metric for metric in llm.get_metrics()}
+    names = {"drafts": "vllm:spec_decode_num_draft_tokens", "preemptions": "vllm:num_preemptions"}
+    found = {key: counted[name].value for key, name in names.items() if name in counted}
     texts = [list(output.outputs[0].token_ids) for output in outputs]
-    sys.stdout.write("\n" + json.dumps({"texts": texts, "drafts": drafted}) + "\n")
+    sys.stdout.write("\n" + json.dumps({"texts": texts} | found) + "\n")
 
 
 if __name__ == "__main__":

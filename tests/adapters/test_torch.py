@@ -11,7 +11,15 @@ from filigrane.schemes import Scheme
 
 torch = pytest.importorskip("torch")
 
-from filigrane.adapters.torch import block, field, fresh, reweight_logits, to_words  # noqa: E402
+from filigrane.adapters.torch import (  # noqa: E402
+    block,
+    draw_quantile,
+    field,
+    fresh,
+    fresh_at,
+    reweight_logits,
+    to_words,
+)
 
 DEVICES = [
     "cpu",
@@ -140,3 +148,49 @@ def test_a_scheme_without_a_twin_runs_by_its_definition() -> None:
     assert torch.equal(
         reweight_logits(Unknown(), logits, words), reweight_logits(fg.Gumbel(), logits, words)
     )
+
+
+@on_devices
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_fresh_at_is_the_rule_for_rows_of_different_lengths(width: int, device: str) -> None:
+    rng = np.random.default_rng(width)
+    tokens = rng.integers(0, 3, (200, 24))
+    starts = rng.integers(0, 12, 200)
+    ends = starts + rng.integers(0, 13, 200)
+    wanted = []
+    for row, start, end in zip(tokens, starts, ends, strict=True):
+        history = History(width)
+        for token in row[start:end]:
+            history.push(int(token))
+        wanted.append(history.fresh())
+    arguments = [torch.tensor(a, device=device) for a in (tokens, starts, ends)]
+    assert fresh_at(*arguments, width).tolist() == wanted
+    assert 0.05 < np.mean(wanted) < 0.95
+    short = torch.zeros((2, width - 1), dtype=torch.int64, device=device)
+    zeros = torch.zeros(2, dtype=torch.int64, device=device)
+    assert fresh_at(short, zeros, zeros, width).tolist() == [False, False]
+
+
+@on_devices
+def test_a_drawn_quantile_is_that_of_the_compiled_draw(device: str) -> None:
+    """The tournament's own draw, by the same private words."""
+    from filigrane.kernels.draw import Workspace
+    from filigrane.schemes.base import Candidates
+
+    rng = np.random.default_rng(0)
+    scheme, ids = fg.Tournament(), np.arange(300, dtype=np.uint32)
+    logits = rng.standard_normal((64, 300)).astype(np.float32)
+    words = rng.integers(0, 2**32, (64, 8), dtype=np.uint32)
+    noise = rng.integers(0, 2**32, (64, 4), dtype=np.uint32)
+    law = reweight_logits(scheme, torch.tensor(logits, device=device), to_words(words, device))
+    found = draw_quantile(law.double(), to_words(noise, device)).tolist()
+    workspace = Workspace(300)
+    wanted = [
+        scheme.draw(Candidates(row, ids, 1.0), word, own, workspace)
+        for row, word, own in zip(logits, words, noise, strict=True)
+    ]
+    # The law comes back in float32: a border may fall on the other side of a quantile.
+    assert sum(a != b for a, b in zip(found, wanted, strict=True)) <= 1
+    impossible = torch.full((1, 5), -torch.inf, device=device)
+    impossible[0, 3] = 0.0
+    assert draw_quantile(impossible, to_words(noise[:1], device)).tolist() == [3]

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,10 @@ import pytest
 from openai import APIStatusError, BadRequestError, OpenAI, OpenAIError
 
 import vllmkit
+from filigrane import foreign
+from filigrane.adapters.vllm.native import write_config
 from filigrane.detection import detect
+from filigrane.foreign.vllm import VllmDualGumbel, VllmGumbel
 from filigrane.keys import Key
 from filigrane.schemes import from_tag
 
@@ -366,20 +368,33 @@ def test_a_broken_keyring_starts_nothing(model: str, tmp_path: Path) -> None:
     assert "gone.key" in (tmp_path / "log").read_text()
 
 
-@pytest.mark.parametrize("speculation", [False, True])
-def test_the_other_interface(model: str, tmp_path: Path, speculation: bool) -> None:
-    """Model runner V2, on Triton's interpreter: one or two tokens a second, but vLLM's own code."""
-    head = 'default = "key-anna"\n' + HEAD.replace('"gumbel"', '"gumbel:context_width=2"').replace(
-        '"greenlist:delta=6"', '"greenlist:context_width=2,delta=8"'
-    )
-    keys = vllmkit.keyring(tmp_path, head, TENANTS[:1], tokens=False)
-    script = Path(__file__).parents[1] / "vllm_v2.py"
-    asked = {"model": model, "tokens": 20, "speculation": speculation}
-    asked |= {"schemes": ["gumbel:context_width=2", "greenlist:context_width=2,delta=8"]}
-    env = os.environ | vllmkit.ENVIRONMENT | {"FILIGRANE_KEYRING": str(tmp_path)}
-    start = time.monotonic()
+# ---------------------------------------------------------------- model runner V2
+
+SHORT = ("gumbel:context_width=2", "greenlist:context_width=2,delta=8", "gumbel:context_width=3")
+ENGINES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "speculation": {
+        "speculative_config": {
+            "method": "ngram",
+            "num_speculative_tokens": 2,
+            "prompt_lookup_max": 3,
+            "prompt_lookup_min": 1,
+        }
+    },
+    "preemption": {"num_gpu_blocks_override": 6, "block_size": 32},
+}
+
+
+def by_v2(
+    model: str, arguments: list[dict[str, str]], engine: dict[str, Any], keyring: Path | None
+) -> dict[str, Any]:
+    """A few tokens on Triton's interpreter, a token or two a second, by vLLM's own code."""
+    asked = {"model": model, "tokens": 24, "arguments": arguments, "engine": engine}
+    env = os.environ | vllmkit.ENVIRONMENT
+    if keyring is not None:
+        env["FILIGRANE_KEYRING"] = str(keyring)
     done = subprocess.run(
-        [str(vllmkit.PYTHON), str(script)],
+        [str(vllmkit.PYTHON), str(Path(__file__).parents[1] / "vllm_v2.py")],
         input=json.dumps(asked),
         env=env,
         capture_output=True,
@@ -388,9 +403,66 @@ def test_the_other_interface(model: str, tmp_path: Path, speculation: bool) -> N
         timeout=1500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    for scheme, tokens in zip(asked["schemes"], found["texts"], strict=True):
-        assert log10_p(tokens, keys["anna"], scheme) < -6, (scheme, time.monotonic() - start)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("how", ENGINES)
+def test_the_other_interface(model: str, tmp_path: Path, how: str) -> None:
+    head = f'default = "key-anna"\nschemes = {json.dumps(SHORT)}\n'
+    keys = vllmkit.keyring(tmp_path, head, TENANTS[:1], tokens=False)
+    arguments = [{"filigrane_scheme": scheme} for scheme in SHORT]
+    found = by_v2(model, arguments, ENGINES[how], tmp_path)
+    for scheme, tokens in zip(SHORT, found["texts"], strict=True):
+        assert log10_p(tokens, keys["anna"], scheme) < -6
         assert log10_p(tokens, Key.generate("x", slots=4), scheme) > -6
-    if speculation:
-        assert found["drafts"] > 0
+    assert how != "speculation" or found["drafts"] > 0
+    assert how != "preemption" or found["preemptions"] > 0
+
+
+@pytest.mark.parametrize("tag", ["vllm-gumbel", "vllm-dual-gumbel:context_width=2,alpha=0.2"])
+def test_vllms_own_watermark_with_our_key(model: str, tmp_path: Path, tag: str) -> None:
+    """Its settings from our file, its sampler writes, our reader finds it with our key."""
+    profile = foreign.from_tag(tag)
+    assert isinstance(profile, VllmGumbel | VllmDualGumbel)
+    user = Key.generate("acme").user(3)
+    write_config(tmp_path / "watermark.yaml", user, profile)
+    settings = json.loads((tmp_path / "watermark.yaml").read_text())["watermark-config"]
+    found = by_v2(model, [{}, {}], {"watermark_config": settings}, None)
+    for tokens in found["texts"]:
+        written = foreign.Written(tokens=tokens)
+        own = profile.read(written, foreign.ForeignKey.derive(user, profile))
+        other = profile.read(written, foreign.ForeignKey.derive(user.root, profile))
+        assert own.log10_pvalue < -4 and other.log10_pvalue > -4, (own, other)
+
+
+def test_the_file_is_what_vllm_reads(model: str, tmp_path: Path) -> None:
+    """Through --config, without the number on the command line or in what vLLM logs of it."""
+    user = Key.generate("acme").user(3)
+    profile = VllmGumbel(context_width=3)
+    write_config(tmp_path / "watermark.yaml", user, profile)
+    code = """
+import sys
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.serve.utils.api_utils import log_non_default_args
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+given = ["--model", sys.argv[2], "--config", sys.argv[1]]
+args = make_arg_parser(FlexibleArgumentParser()).parse_args(given)
+log_non_default_args(args)
+config = AsyncEngineArgs.from_cli_args(args).create_watermark_config()
+print(config.key, config.algorithm, config.context_width, config.deduplicate_contexts)
+print(repr(config))
+"""
+    done = subprocess.run(
+        [str(vllmkit.PYTHON), "-c", code, str(tmp_path / "watermark.yaml"), model],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | vllmkit.ENVIRONMENT,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    number = str(foreign.ForeignKey.derive(user, profile).reveal()[0])
+    read, shown = done.stdout.splitlines()[-2:]
+    assert read == f"{number} gumbel 3 single_turn"
+    assert number not in shown + done.stderr + "".join(done.stdout.splitlines()[:-2])

@@ -184,8 +184,8 @@ def filigrane(
 ) -> None:
     """Watermark what a language model writes, prove it later, trace who it came from.
 
-    Every command but a server takes --json: one JSON document on stdout (embed: one per record), everything
-    else on stderr; bad usage leaves stdout empty.
+    Every command but a server takes --json: one JSON document on stdout (embed: one per record),
+    everything else on stderr; bad usage leaves stdout empty.
 
     Exit codes that every command has: 2 bad usage, 70 an error of filigrane itself, 130
     interrupted, 141 nobody reads the output any more.
