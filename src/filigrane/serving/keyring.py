@@ -109,6 +109,15 @@ class Keyring:
         return found
 
     @property
+    def digest(self) -> str:
+        """What tells one keyring from another, 16 hex digits; says nothing of secrets."""
+        facts: list[object] = [self.policy, self.default, sorted(map(repr, self.tenants.values()))]
+        for entry in sorted(self.entries.values(), key=lambda entry: entry.id):
+            tags = [scheme.tag for scheme in entry.schemes]
+            facts.append([entry.id, entry.key.fingerprint, entry.tenant, entry.active, tags])
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+    @property
     def schemes(self) -> tuple[Scheme, ...]:
         """Every scheme that some key may be used with, each once."""
         return tuple(

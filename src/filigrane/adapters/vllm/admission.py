@@ -24,8 +24,14 @@ _SEALED: Final = "~"
 
 @lru_cache(maxsize=1)
 def keyring() -> Keyring | None:
-    """The server's keyring, read once in each process; None without FILIGRANE_KEYRING."""
-    return Keyring.from_environment()
+    """The server's keyring, read once in each process; None without FILIGRANE_KEYRING.
+
+    Raises KeyringError if it is not the one that the server was started with.
+    """
+    ring = Keyring.from_environment()
+    if ring is not None:
+        launch.same_keyring(ring)
+    return ring
 
 
 def seal(tenant: str) -> str:
@@ -61,26 +67,30 @@ def arguments(extra: Mapping[str, object] | None, *, check: bool) -> dict[str, o
     return given
 
 
-def decision(params: Any, *, check: bool = False) -> Mark | Unmarked:
-    """What becomes of a request, from its SamplingParams. Raises RequestRefused."""
-    return decide(
-        keyring(),
-        arguments(params.extra_args, check=check),
-        Decoding(
-            temperature=params.temperature,
-            top_k=max(params.top_k, 0),
-            top_p=params.top_p,
-            max_tokens=params.max_tokens,
-            # vLLM searches beams by asking itself for single tokens with their alternatives.
-            beams=params.max_tokens == 1 and bool(params.logprobs) and not params.detokenize,
-        ),
-    )
+def admitted(params: Any) -> Mark | Unmarked:
+    """What has been decided about a request that was admitted; for the engine.
+
+    How it is decoded was checked then. It is not checked again: vLLM fills in limits afterwards,
+    and an error in an engine would end it for everybody.
+    """
+    return decide(keyring(), arguments(params.extra_args, check=False), Decoding())
 
 
 def admit(params: Any) -> Mark | Unmarked:
     """Decide about a new request and count it. Raises RequestRefused, counted too."""
     try:
-        decided = decision(params, check=True)
+        decided = decide(
+            keyring(),
+            arguments(params.extra_args, check=True),
+            Decoding(
+                temperature=params.temperature,
+                top_k=max(params.top_k, 0),
+                top_p=params.top_p,
+                max_tokens=params.max_tokens,
+                # vLLM searches beams by asking itself for single tokens with alternatives.
+                beams=params.max_tokens == 1 and bool(params.logprobs) and not params.detokenize,
+            ),
+        )
         if isinstance(decided, Mark):
             _require_engine(decided)
     except RequestRefused as error:

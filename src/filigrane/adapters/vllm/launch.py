@@ -18,6 +18,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from filigrane.errors import KeyringError
 from filigrane.serving.keyring import ENVIRONMENT, Keyring
 
 RUN: Final = "FILIGRANE_VLLM_RUN"
@@ -26,6 +27,8 @@ machines, set it to a folder that they share, a new one for every start."""
 STATES: Final = ("marked", "unmarked")
 """What engines count: positions of marked texts that carry the mark; those that by the rule do not
 (the first of a text, repeated windows)."""
+
+_KEYRING: Final = ".keyring."
 
 _log = logging.getLogger("vllm.filigrane")
 
@@ -38,16 +41,18 @@ def prepare() -> None:
     if not os.environ.get(ENVIRONMENT):
         _log.info("filigrane: %s is not set; text is not marked.", ENVIRONMENT)
         return
-    if os.environ.get(RUN):
-        return
     keyring = Keyring.load(os.environ[ENVIRONMENT])
-    folder = tempfile.mkdtemp(prefix="filigrane-vllm-")
-    os.environ[RUN] = folder
+    if os.environ.get(RUN):
+        same_keyring(keyring)
+        return
+    made = tempfile.mkdtemp(prefix="filigrane-vllm-")
+    os.environ[RUN] = made
+    same_keyring(keyring)
     owner = os.getpid()
 
     def remove() -> None:
         if os.getpid() == owner:  # children inherit this function, not the folder
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(made, ignore_errors=True)
 
     atexit.register(remove)
     _log.info(
@@ -62,6 +67,25 @@ def folder() -> Path | None:
     """The folder of this run, or None if `prepare` was not called."""
     name = os.environ.get(RUN)
     return Path(name) if name else None
+
+
+def same_keyring(keyring: Keyring) -> None:
+    """Raise KeyringError unless all processes of this run have read the same keyring.
+
+    A front end that admits what its engine does not know would be worse than none.
+    """
+    run = folder()
+    if run is None:
+        return
+    run.mkdir(mode=0o700, parents=True, exist_ok=True)
+    said = run / f"{_KEYRING}{keyring.digest}"
+    said.touch()
+    if len(list(run.glob(f"{_KEYRING}*"))) > 1:
+        said.unlink()
+        raise KeyringError(
+            f"the keyring in {os.environ.get(ENVIRONMENT)} has changed since this server was "
+            "started: start all of it again."
+        )
 
 
 class Sign:
@@ -93,7 +117,7 @@ def counts() -> dict[str, int]:
     """What all engines of this run have counted, by STATES."""
     total = np.zeros(len(STATES), np.int64)
     run = folder()
-    for path in run.glob("[!.]*") if run is not None else ():
+    for path in run.glob("[!.]*-*") if run is not None else ():
         content = np.fromfile(path, dtype=np.int64)
         if content.shape == total.shape:
             total += content

@@ -71,6 +71,9 @@ class _Row:
             self.text = MarkedText(
                 self.mark, seed=self.seed, nonce=self.nonce, written=self.written
             )
+        if len(self.written) < len(self.text):
+            # vLLM takes tokens back when it could not load what they were computed from.
+            self.text.back_to(len(self.written))
         self.text.advance(self.written)
         return self.text
 
@@ -154,7 +157,7 @@ class _Processor(ProcessorV1, ProcessorV2):
         return _Row(mark, written, sampling, params.seed, self._next_nonce())
 
     def _mark(self, params: Any) -> Mark | None:
-        decided = admission.decision(params)
+        decided = admission.admitted(params)
         if isinstance(decided, Mark) and decided.scheme.acts_on == self.stage:
             return decided
         return None

@@ -24,8 +24,9 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-GUARDED: Final = ("/v1", "/v2", "/inference", "/cohere", "/generative_scoring", "/tokenize")
-"""Paths that want a token, if the keyring has any."""
+OPEN: Final = frozenset({"/health", "/ping", "/metrics", "/metrics/", "/load", "/version"})
+"""Paths that everybody may ask. All others want a token, if the keyring has any: vLLM has several
+that generate (/v1/..., /invocations, /inference/...), and newer versions have more."""
 MAX_BODY: Final = 64 * 2**20
 """Bytes; larger bodies are refused (413), not read."""
 
@@ -45,7 +46,7 @@ class Tenants:
         """One request."""
         ring = self._keyring
         path = str(scope.get("path", "")).removeprefix(scope.get("root_path", ""))
-        guarded = scope["type"] in ("http", "websocket") and path.startswith(GUARDED)
+        guarded = scope["type"] in ("http", "websocket") and path not in OPEN
         if ring is None or not guarded or scope.get("method") == "OPTIONS":
             await self._app(scope, receive, send)
             return

@@ -1,0 +1,216 @@
+"""What the plugin decides about requests, without vLLM: its front end imports none of it."""
+
+import asyncio
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import vllmkit
+from filigrane.adapters.vllm import admission, launch
+from filigrane.adapters.vllm.tenants import MAX_BODY, Tenants
+from filigrane.errors import KeyringError, RequestRefused
+from filigrane.keys import Key
+from filigrane.serving import Keyring, Mark, Unmarked
+from filigrane.serving.keyring import ENVIRONMENT
+
+
+def params(**changed: Any) -> SimpleNamespace:
+    """What of vLLM's SamplingParams is looked at."""
+    usual = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_tokens": None, "logprobs": None}
+    return SimpleNamespace(**usual | {"detokenize": True, "extra_args": None} | changed)
+
+
+@pytest.fixture
+def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A keyring of two tenants with tokens, and a run that an engine has said it marks."""
+    vllmkit.keyring(tmp_path, 'schemes = ["gumbel", "greenlist"]\n', ["anna", "berta"])
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path))
+    monkeypatch.setenv(launch.RUN, str(tmp_path / "run"))
+    admission.keyring.cache_clear()
+    launch.prepare()
+    launch.Sign("distribution")
+    yield tmp_path
+    admission.keyring.cache_clear()
+
+
+def test_a_run_says_what_it_marks(started: Path) -> None:
+    assert launch.ready("distribution") and not launch.ready("logits")
+    one, two = launch.Sign("logits"), launch.Sign("logits")
+    one.counts += (5, 2)
+    two.counts += (1, 1)
+    assert launch.counts() == {"marked": 6, "unmarked": 3}
+    run = launch.folder()
+    assert run is not None and run.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_keyring_that_changes_while_a_server_runs(started: Path) -> None:
+    assert admission.keyring() is not None
+    text = (started / "keyring.toml").read_text()
+    (started / "keyring.toml").write_text(text + "\n")  # nothing that counts
+    launch.same_keyring(Keyring.load(started))
+    (started / "keyring.toml").write_text('policy = "enforce"\n' + text)
+    with pytest.raises(KeyringError, match="has changed since"):
+        launch.same_keyring(Keyring.load(started))
+    with pytest.raises(KeyringError, match="has changed since"):
+        launch.prepare()
+    (started / "keyring.toml").write_text(text)
+    launch.same_keyring(Keyring.load(started))
+
+
+def test_only_the_middleware_can_say_who_asks(started: Path) -> None:
+    sealed = {"filigrane_tenant": admission.seal("anna")}
+    decided = admission.admit(params(extra_args=sealed))
+    assert isinstance(decided, Mark) and decided.key_id == "key-anna"
+    assert admission.admitted(params(extra_args=sealed)) == decided
+    forged = ["anna", "anna~", f"anna~{'0' * 64}", admission.seal("berta").replace("berta", "anna")]
+    for tenant in [*forged, 3, None]:
+        with pytest.raises(RequestRefused, match="bearer tokens"):
+            admission.admit(params(extra_args={"filigrane_tenant": tenant}))
+
+
+def test_an_engine_does_not_check_decoding_again(started: Path) -> None:
+    """vLLM fills max_tokens in after the front end has looked."""
+    sealed = {"filigrane_tenant": admission.seal("anna")}
+    short = params(extra_args=sealed, max_tokens=2, temperature=0.0)
+    with pytest.raises(RequestRefused):
+        admission.admit(short)
+    assert isinstance(admission.admitted(short), Mark)
+
+
+def test_no_engine_no_mark(started: Path) -> None:
+    green = {"filigrane_tenant": admission.seal("anna"), "filigrane_scheme": "greenlist"}
+    with pytest.raises(RequestRefused, match="does not mark text") as caught:
+        admission.admit(params(extra_args=green))
+    assert caught.value.reason == "engine"
+    launch.Sign("logits")
+    assert isinstance(admission.admit(params(extra_args=green)), Mark)
+
+
+def test_beams_are_recognised_by_their_steps(started: Path) -> None:
+    sealed = {"filigrane_tenant": admission.seal("anna")}
+    step = params(extra_args=sealed, max_tokens=1, logprobs=4, detokenize=False)
+    with pytest.raises(RequestRefused) as caught:
+        admission.admit(step)
+    assert caught.value.reason == "beams"
+
+
+def test_without_a_keyring_it_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    monkeypatch.delenv(launch.RUN, raising=False)
+    admission.keyring.cache_clear()
+    launch.prepare()
+    assert launch.RUN not in os.environ
+    assert admission.admit(params()) == Unmarked(reason="not_asked")
+    with pytest.raises(RequestRefused, match="no keyring"):
+        admission.admit(params(extra_args={"filigrane_mark": True}))
+    admission.keyring.cache_clear()
+
+
+# ---------------------------------------------------------------- the middleware
+
+
+class Behind:
+    """What is behind the middleware: keeps what reaches it."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, bytes]] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        body, more = b"", scope["type"] == "http"
+        while more:
+            message = await receive()
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        self.seen.append((scope, body))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+
+def ask(
+    body: bytes | dict[str, Any],
+    *,
+    token: str | None = "anna",
+    path: str = "/v1/completions",
+    method: str = "POST",
+    pieces: int = 1,
+    **scope: Any,
+) -> tuple[int, dict[bytes, bytes], Behind]:
+    behind = Behind()
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"7")]
+    if token is not None:
+        headers.append((b"AUTHORIZATION", f"bearer {vllmkit.token(token)}".encode()))
+    size = -(-len(content) // pieces) or 1
+    parts = [content[i : i + size] for i in range(0, len(content), size)] or [b""]
+    messages = [
+        {"type": "http.request", "body": part, "more_body": number + 1 < len(parts)}
+        for number, part in enumerate(parts)
+    ]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return messages.pop(0) if messages else {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asked = {"type": "http", "method": method, "path": path, "headers": headers, "root_path": ""}
+    asyncio.run(Tenants(behind)(asked | scope, receive, send))
+    return sent[0]["status"], dict(sent[0]["headers"]), behind
+
+
+def test_a_request_gets_its_tenant(started: Path) -> None:
+    body = {"prompt": "x", "vllm_xargs": {"filigrane_scheme": "greenlist"}}
+    status, headers, behind = ask(body, pieces=5)
+    ((scope, arrived),) = behind.seen
+    assert status == 200 and headers[b"filigrane-key"] == b"key-anna"
+    assert headers[b"filigrane-scheme"].startswith(b"greenlist:")
+    content = json.loads(arrived)
+    tenant = content["vllm_xargs"].pop("filigrane_tenant")
+    assert content == body and tenant == admission.seal("anna")
+    lengths = [value for name, value in scope["headers"] if name == b"content-length"]
+    assert lengths == [str(len(arrived)).encode()]
+
+
+@pytest.mark.parametrize(
+    ("body", "how", "status"),
+    [
+        ({}, {"token": None}, 401),
+        ({}, {"token": "nobody"}, 401),
+        ({}, {"token": None, "method": "GET", "path": "/v1/models"}, 401),
+        ({}, {"token": None, "path": "/proxy/v1/completions", "root_path": "/proxy"}, 401),
+        ({}, {"token": None, "path": "/invocations"}, 401),
+        ({}, {"token": None, "path": "/health/../v1/completions"}, 401),
+        ({"vllm_xargs": {"filigrane_tenant": "berta"}}, {}, 400),
+        ({"vllm_xargs": {"filigrane_key": "key-berta"}}, {}, 400),
+        ({"vllm_xargs": {"filigrane_key": ["key-anna"]}}, {}, 400),
+        ({"use_beam_search": True}, {}, 400),
+        (b" " * (MAX_BODY + 1), {}, 413),
+    ],
+)
+def test_what_never_reaches_vllm(started: Path, body: Any, how: Any, status: int) -> None:
+    found, _, behind = ask(body, **how)
+    assert found == status and not behind.seen
+
+
+@pytest.mark.parametrize("body", [b"", b"[", b"[]", b"null", b"\xff", b'{"vllm_xargs": 3}'])
+def test_what_vllm_itself_refuses_arrives_unchanged(started: Path, body: bytes) -> None:
+    status, headers, behind = ask(body)
+    assert status == 200 and behind.seen[0][1] == body and b"filigrane-key" not in headers
+
+
+def test_open_paths(started: Path) -> None:
+    for path in ("/health", "/metrics"):
+        assert ask(b"", token=None, method="GET", path=path)[0] == 200
+    assert ask(b"", token=None, method="OPTIONS")[0] == 200
+
+
+def test_no_secret_is_shown(started: Path) -> None:
+    shown = repr(admission.keyring()) + str(launch.folder()) + admission.seal("anna")
+    for secret in vllmkit.secrets_of({"anna": Key.load(started / "key-anna.key")}):
+        assert secret not in shown
