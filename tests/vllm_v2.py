@@ -59,8 +59,8 @@ def main() -> None:
     )
     prompts = [
         "The sea in winter. The sea in winter. The sea in",
-        "one two three one two three one",
-        "Paris is Paris is Paris is",
+        "one two three four five six one two three four five six one two three four",
+        "Paris is a city. Rome is a city. Madrid is a city. Oslo is a city. Bern is",
     ]
     params = [
         SamplingParams(

@@ -381,7 +381,7 @@ ENGINES: dict[str, dict[str, Any]] = {
             "prompt_lookup_min": 1,
         }
     },
-    "preemption": {"num_gpu_blocks_override": 6, "block_size": 32},
+    "preemption": {"num_gpu_blocks_override": 5, "block_size": 32},
 }
 
 
