@@ -91,12 +91,31 @@ def test_no_engine_no_mark(started: Path) -> None:
     assert isinstance(admission.admit(params(extra_args=green)), Mark)
 
 
-def test_beams_are_recognised_by_their_steps(started: Path) -> None:
-    sealed = {"filigrane_tenant": admission.seal("anna")}
-    step = params(extra_args=sealed, max_tokens=1, logprobs=4, detokenize=False)
-    with pytest.raises(RequestRefused) as caught:
-        admission.admit(step)
-    assert caught.value.reason == "beams"
+def test_beams_are_recognised_by_their_steps(
+    started: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come without the arguments of whoever asked: only the middleware has seen those."""
+    step = params(max_tokens=1, logprobs=4, detokenize=False)
+    for policy in ("default", "opt-in", "enforce"):
+        text = (started / "keyring.toml").read_text()
+        (started / "keyring.toml").write_text(f'policy = "{policy}"\n' + text)
+        admission.keyring.cache_clear()
+        monkeypatch.setattr(launch, "same_keyring", lambda ring: None)
+        monkeypatch.setattr(admission, "vetted", False)
+        with pytest.raises(RequestRefused) as caught:
+            admission.admit(step)
+        assert caught.value.reason == "beams"
+        opted = {"use_beam_search": True, "vllm_xargs": {"filigrane_mark": "false"}}
+        asks = {"use_beam_search": True, "vllm_xargs": {"filigrane_mark": "true"}}
+        assert ask(asks)[0] == 400
+        assert ask(opted)[0] == (400 if policy == "enforce" else 200)
+        assert admission.vetted
+        if policy == "enforce":
+            with pytest.raises(RequestRefused):
+                admission.admit(step)
+        else:
+            assert admission.admit(step) == Unmarked(reason="beams")
+        (started / "keyring.toml").write_text(text)
 
 
 def test_without_a_keyring_it_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,8 +213,20 @@ def test_a_request_gets_its_tenant(started: Path) -> None:
     ],
 )
 def test_what_never_reaches_vllm(started: Path, body: Any, how: Any, status: int) -> None:
-    found, _, behind = ask(body, **how)
+    found, headers, behind = ask(body, **how)
     assert found == status and not behind.seen
+    assert (status == 401) == (b"www-authenticate" in headers)
+
+
+def test_fields_in_the_body_itself(started: Path) -> None:
+    """vLLM would drop them: they are moved, or refused where they stand twice."""
+    status, headers, behind = ask({"prompt": "x", "filigrane_key": "key-anna/3"})
+    assert status == 200 and headers[b"filigrane-key"] == b"key-anna/3"
+    content = json.loads(behind.seen[0][1])
+    assert content["vllm_xargs"]["filigrane_key"] == "key-anna/3" and "filigrane_key" not in content
+    twice = {"filigrane_mark": True, "vllm_xargs": {"filigrane_mark": "false"}}
+    assert ask(twice)[0] == 400
+    assert ask({"filigrane_tenant": "berta"})[0] == 400
 
 
 @pytest.mark.parametrize("body", [b"", b"[", b"[]", b"null", b"\xff", b'{"vllm_xargs": 3}'])

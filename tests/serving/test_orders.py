@@ -104,6 +104,10 @@ def test_other_refusals() -> None:
     assert len(refused("malformed", ring(), {"filigrane_" + "x" * 10**6: 1})) < 400
     refused("malformed", ring(), {"filigrane_key": "s" * 10**6})
     assert marked(ring(), {"filigrane_scheme": "greenlist"}).scheme == GreenList()
+    own = Entry(id="k", key=KEYS["old"], tenant=None, active=True, schemes=(GreenList(delta=3.0),))
+    only = Keyring(policy="default", default="k", entries={"k": own}, tenants={})
+    assert marked(only, {"filigrane_scheme": "greenlist"}).scheme == GreenList(delta=3.0)
+    refused("scheme", only, {"filigrane_scheme": "greenlist:delta=2"})
 
 
 def test_what_cannot_carry_a_mark_is_refused() -> None:

@@ -67,12 +67,19 @@ def probe(
             f"{url.rstrip('/')}/completions", json=body, headers=headers, timeout=timeout
         )
     except httpx2.HTTPError as error:
-        raise EndpointError(f"{url} cannot be asked: {type(error).__name__}.") from None
+        raise EndpointError(
+            f"{url} cannot be asked ({type(error).__name__}): name a running server's base "
+            "address, http://HOST:PORT/v1."
+        ) from None
     if answer.status_code != 200:
         said = answer.text[:500]
         if token:
             said = said.replace(token, "[token]")
-        raise EndpointError(f"{url} refused the request ({answer.status_code}): {said}")
+        hint = {
+            401: " The tenant's token is wanted.",
+            404: " Is the address the base address, ending in /v1?",
+        }.get(answer.status_code, "")
+        raise EndpointError(f"{url} refused the request ({answer.status_code}):{hint} {said}")
     try:
         ids = answer.json()["choices"][0]["token_ids"]
     except (ValueError, LookupError, TypeError):

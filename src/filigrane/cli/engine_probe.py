@@ -1,5 +1,6 @@
 """filigrane engine probe."""
 
+import math
 import os
 from typing import Annotated, Final
 
@@ -59,6 +60,8 @@ def probe(
     if not isinstance(decided, Mark):
         raise FiligraneError("the keyring marks nothing; see its policy.")
     secret = os.environ.get(TOKEN_VARIABLE)
+    if secret is not None and tenant is not None and ring.tenant_of(secret) != tenant:
+        raise FiligraneError(f"the token in ${TOKEN_VARIABLE} is not one of tenant {tenant}.")
     found = run(url, model, decided, tenant=None if secret else tenant, token=secret, tokens=tokens)
     good = found.found(alpha)
     log10_p = found.result.log10_pvalue + 0.0
@@ -78,4 +81,9 @@ def probe(
             )
         )
     if not good:
+        if found.result.log_pvalue < math.log(1e-2):
+            render.warn(
+                f"something is there, and {found.tokens} tokens are too few to be sure at "
+                f"{alpha:g}: raise --tokens."
+            )
         raise typer.Exit(1)

@@ -1,12 +1,14 @@
 """filigrane engine serve."""
 
 import logging
+import socket
 import sys
 from typing import Annotated
 
 import typer
 
 from filigrane.cli import render
+from filigrane.errors import FiligraneError
 
 _KEYS = "Keys"
 _LIMITS = "Limits"
@@ -95,11 +97,23 @@ def serve(
     keys = Keyring.load(keyring) if keyring is not None else Keyring.from_environment()
     if keys is None:
         render.warn("no keyring: text is not marked. Name one with --keyring DIR.")
+    _require_free(host, port)
     _log_to_stderr()
     loaded = load(model, device=device)
     limits = Limits(context=max_context, answer=max_answer, rows=max_rows)
     app = application(loaded, keys, name=name or loaded.name, limits=limits)
     run(app, host=host, port=port, grace=grace)
+
+
+def _require_free(host: str, port: int) -> None:
+    """Raise OSError if the address is taken: before a model is loaded, which takes its time."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            raise FiligraneError(f"cannot listen on {host}:{port}: {error.strerror}.") from None
 
 
 def _log_to_stderr() -> None:

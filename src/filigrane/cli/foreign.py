@@ -3,6 +3,7 @@
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -69,6 +70,7 @@ class _Row:
     reading: "ForeignResult"
     log_pvalue: float
     n_candidates: int
+    skipped: Mapping[str, str]
 
     def verdict(self, alpha: float) -> str:
         if not self.reading.n_scored:
@@ -133,12 +135,14 @@ def _row(
     try:
         if profile is None:
             auto: AutoResult = read_auto(claim, keys, vocab_size=options.vocab_size)
-            return _Row(label, where, size, auto.best, auto.log_pvalue, auto.n_candidates)
+            return _Row(
+                label, where, size, auto.best, auto.log_pvalue, auto.n_candidates, auto.skipped
+            )
         reading = profile.read(claim, keys[0])  # type: ignore[arg-type]
     except VocabularyMismatch as error:
         batch.reject(Problem(members[0].place, str(error)))
         return None
-    return _Row(label, where, size, reading, reading.log_pvalue, 1)
+    return _Row(label, where, size, reading, reading.log_pvalue, 1, {})
 
 
 def _path(options: ForeignOptions) -> str | None:
@@ -255,6 +259,16 @@ def _show(
     out.print(grid)
     for warning in dict.fromkeys(w for row in rows for w in row.reading.warnings):
         render.warn(warning)
+    if tag.strip() == _AUTO:
+        # "No mark found" must not stand for profiles that were never read.
+        left_out = dict.fromkeys(
+            n for row in rows for n, why in row.skipped.items() if "vocab" in why
+        )
+        if left_out:
+            render.warn(
+                f"not tried: {', '.join(left_out)}; these need --vocab-size, the width of the "
+                "model's logits."
+            )
     parts = [
         f"{len(tested)} tested",
         f"{found.count(True)} with a mark at alpha {alpha:g} per text",
@@ -282,6 +296,7 @@ def _fields(row: _Row, after: float | None, alpha: float) -> dict[str, object]:
         "log10_pvalue": row.log_pvalue / math.log(10) + 0.0,
         "log10_pvalue_holm": None if after is None else after + 0.0,
         "n_candidates": row.n_candidates,
+        "not_tried": dict(row.skipped),
         "profile": reading.profile,
         "key": reading.key,
         "tool_reports": dict(reading.compat),

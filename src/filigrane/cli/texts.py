@@ -80,7 +80,8 @@ class Reader:
         for field in (name, size, text, fingerprint, self._mismatch(record)):
             if isinstance(field, Problem):
                 return field
-        given = record.fields.get("tokens")
+        # Servers call them token_ids (return_token_ids).
+        given = record.fields.get("tokens", record.fields.get("token_ids"))
         before = record.fields.get("prompt_tokens") if self._scheme is None else None
         try:
             prompt = None if before is None else _ids(before, size, "prompt_tokens")  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from filigrane import stats
 from filigrane.errors import FiligraneError, KeyFormatError, VocabularyMismatch
 from filigrane.foreign.base import ForeignResult, Profile, Written
 from filigrane.foreign.keys import ForeignKey
-from filigrane.foreign.profiles import PROFILES
+from filigrane.foreign.profiles import PROFILES, from_tag
 from filigrane.keys import MarkingKey
 
 __all__ = ["AutoResult", "read_auto", "usual_candidates"]
@@ -80,14 +80,14 @@ def read_auto(
     texts: Sequence[Written] | Written,
     keys: AnyKey | Iterable[AnyKey],
     *,
-    candidates: Iterable[Profile] | None = None,
+    candidates: Iterable[Profile | str] | None = None,
     vocab_size: int | None = None,
 ) -> AutoResult:
     """Read a claim with every candidate profile and key that fit together.
 
     keys: ForeignKeys are tried with profiles of their form; a filigrane key stands for the numbers
-    that it has for each profile (`ForeignKey.derive`). candidates: profiles to try, by default
-    `usual_candidates(vocab_size)`; they must not be chosen by looking at the text. Raises
+    that it has for each profile (`ForeignKey.derive`). candidates: profiles or their tags, by
+    default `usual_candidates(vocab_size)`; not to be chosen by looking at the text. Raises
     KeyFormatError if no candidate takes any of the keys.
     """
     given = (keys,) if isinstance(keys, ForeignKey | MarkingKey) else tuple(keys)
@@ -98,7 +98,9 @@ def read_auto(
     if candidates is None:
         profiles, skipped = usual_candidates(vocab_size)
     else:
-        profiles, skipped = list(candidates), {}
+        profiles, skipped = [_profile(one, vocab_size) for one in candidates], {}
+        if not profiles:
+            raise FiligraneError("there is no candidate: name some profiles, or pass None.")
     readings: list[ForeignResult] = []
     for profile in profiles:
         fitting = _fitting(profile, given)
@@ -126,6 +128,10 @@ def read_auto(
         skipped=skipped,
         method=f"{readings[0].method}, Bonferroni over {count} readings",
     )
+
+
+def _profile(candidate: Profile | str, vocab_size: int | None) -> Profile:
+    return from_tag(candidate, vocab_size=vocab_size) if isinstance(candidate, str) else candidate
 
 
 def _fitting(profile: Profile, keys: Sequence[AnyKey]) -> list[ForeignKey]:

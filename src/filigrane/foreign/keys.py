@@ -108,6 +108,7 @@ class ForeignKey(_Sealed):
         """
         held = _Secret(text)
         del text
+        form = _known_form(form)
         if not isinstance(held.reveal(), str):
             raise TypeError(f"a key's text is a str, not {type(held.reveal()).__name__}")
         parsed = _parse(held, form)
@@ -123,6 +124,7 @@ class ForeignKey(_Sealed):
         is missing, unreadable, open to others, or holds something else than this form.
         """
         where = os.fspath(path)
+        form = _known_form(form)
         if not os.path.exists(where):
             raise KeyFormatError(
                 f"{where}: there is no such file; write the tool's key into one that only you can "
@@ -187,6 +189,14 @@ class ForeignKey(_Sealed):
 
     def __repr__(self) -> str:
         return f"<ForeignKey {self.__name} form={self.__form.value}>"
+
+
+def _known_form(form: object) -> KeyForm:
+    try:
+        return KeyForm(form)
+    except ValueError:
+        known = ", ".join(f"KeyForm.{known.name}" for known in KeyForm)
+        raise KeyFormatError(f"a key's form is one of {known}.") from None
 
 
 def _checked_name(name: str) -> str:

@@ -46,6 +46,7 @@ _MULTIPLIER: Final = 6364136223846793005
 _WRAP: Final = 2**64
 _HEAD_ROUNDS: Final = 12
 
+_FEWEST_KEYS: Final = 20
 # Printed in the documentation of transformers and in the paper's code: keys of half the internet.
 _PUBLISHED: Final = frozenset(
     {654, 400, 836, 123, 340, 443, 597, 160, 57, 29, 590, 639, 13, 715, 468, 990, 966, 226, 324}
@@ -287,6 +288,11 @@ class _SynthID(Writable):
         """See `Profile.default_warnings`."""
         if all(number in _PUBLISHED for number in key.reveal()):
             return ("these are published example keys: anybody can write this mark",)
+        if len(key.reveal()) < _FEWEST_KEYS:
+            return (
+                f"{len(key.reveal())} keys, where 20 to 30 are usual: with some of a generator's "
+                "keys left out, a reading finds little",
+            )
         return ()
 
     # ------------------------------------------------------------------ writing

@@ -88,6 +88,8 @@ class Keyring:
                 f"{path} does not exist: name a folder that holds {FILE} and the key files "
                 "(docs/serving.md shows one)."
             ) from None
+        except NotADirectoryError:
+            raise KeyringError(f"{folder} is a file: name the folder that holds {FILE}.") from None
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise KeyringError(f"{path} cannot be read: {error}.") from None
         return _build(path, content)
@@ -246,9 +248,12 @@ def _optional_text(path: Path, where: str, value: object) -> str | None:
 def _only(path: Path, where: str, table: Mapping[str, object], known: set[str]) -> None:
     unknown = sorted(set(table) - known)
     if unknown:
+        hint = ""
+        if set(unknown) & {"policy", "default", "schemes"}:
+            hint = " (What belongs to the whole file stands above its first table.)"
         # A misspelt `state` would leave a retired key in use.
         raise KeyringError(
-            f"{path}: {where} has {', '.join(unknown)}; known are {', '.join(sorted(known))}."
+            f"{path}: {where} has {', '.join(unknown)}; known are {', '.join(sorted(known))}.{hint}"
         )
 
 

@@ -185,6 +185,9 @@ def _scheme(entry: Entry, given: Mapping[str, object]) -> Scheme:
         wanted = from_tag(str(tag))
     except SchemeError as error:
         raise _no("malformed", f"filigrane_scheme: {_cut(str(error))}") from None
+    named = [scheme for scheme in entry.schemes if scheme.name == str(tag).strip()]
+    if len(named) == 1:
+        return named[0]  # its name alone, where there is no other of that name
     if wanted not in entry.schemes:
         allowed = ", ".join(scheme.tag for scheme in entry.schemes)
         raise _no("scheme", f"key {entry.id} is used with {allowed}, not with {wanted.tag}.")

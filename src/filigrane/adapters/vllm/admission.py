@@ -16,6 +16,9 @@ from filigrane.errors import RequestRefused
 from filigrane.serving.keyring import Keyring
 from filigrane.serving.orders import Decoding, Mark, Unmarked, decide
 
+vetted = False
+"""Whether the middleware stands before this process's requests; it says so when it is made."""
+
 _TENANT: Final = "filigrane_tenant"
 # Of this process: the middleware and the check of requests run in the same one.
 _SEAL: Final = secrets.token_bytes(32)
@@ -78,17 +81,28 @@ def admitted(params: Any) -> Mark | Unmarked:
 
 def admit(params: Any) -> Mark | Unmarked:
     """Decide about a new request and count it. Raises RequestRefused, counted too."""
+    # vLLM searches beams by asking itself for single tokens with their alternatives, and leaves the
+    # arguments of whoever asked behind. The middleware has seen those; without it nobody has.
+    step = params.max_tokens == 1 and bool(params.logprobs) and not params.detokenize
+    ring = keyring()
+    if step and vetted and ring is not None and ring.policy != "enforce":
+        return Unmarked(reason="beams")
     try:
+        if step and ring is not None:
+            raise RequestRefused(
+                "filigrane: beam search chooses among whole texts, which undoes the mark of each "
+                "token. Sample instead; or, if the policy lets text go unmarked, start the server "
+                "with --middleware filigrane.adapters.vllm.tenants.Tenants, which knows who asked.",
+                reason="beams",
+            )
         decided = decide(
-            keyring(),
+            ring,
             arguments(params.extra_args, check=True),
             Decoding(
                 temperature=params.temperature,
                 top_k=max(params.top_k, 0),
                 top_p=params.top_p,
                 max_tokens=params.max_tokens,
-                # vLLM searches beams by asking itself for single tokens with alternatives.
-                beams=params.max_tokens == 1 and bool(params.logprobs) and not params.detokenize,
             ),
         )
         if isinstance(decided, Mark):

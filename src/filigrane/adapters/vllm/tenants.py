@@ -39,6 +39,7 @@ class Tenants:
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
         self._app = app
         self._keyring = admission.keyring()
+        admission.vetted = True
         if self._keyring is None:
             _log.warning("filigrane: no keyring; the middleware lets everything through.")
 
@@ -58,7 +59,12 @@ class Tenants:
             if tenant is None:
                 admission.count("refused", "unknown_tenant")
                 await _answer(
-                    scope, send, 401, "unknown_tenant", "this server wants a tenant's bearer token."
+                    scope,
+                    send,
+                    401,
+                    "unknown_tenant",
+                    "this server knows its clients by bearer tokens: send one in the header "
+                    "Authorization: Bearer TOKEN.",
                 )
                 return
         if scope["type"] == "websocket" or scope["method"] != "POST":
@@ -98,6 +104,17 @@ def _changed(
         given = {}
     if not isinstance(given, dict):
         return body, []
+    beside = {name: content.pop(name) for name in list(content) if name.startswith("filigrane_")}
+    if beside:
+        # Where other servers take them; vLLM would drop them without a word.
+        if set(beside) & set(given):
+            raise RequestRefused(
+                "filigrane: a field stands both in the body and in vllm_xargs; use one place.",
+                reason="malformed",
+            )
+        given = {**given, **beside}
+        content["vllm_xargs"] = given
+        body = json.dumps(content).encode()
     if tenant is not None:
         if "filigrane_tenant" in given:
             raise RequestRefused(
@@ -112,6 +129,8 @@ def _changed(
     plain = admission.arguments(given, check=True)
     decided = decide(ring, plain, Decoding(beams=beams))
     if not isinstance(decided, Mark):
+        if beams:
+            admission.count("unmarked", decided.reason)
         return body, []
     scheme = decided.scheme.tag.encode()
     return body, [(b"filigrane-key", decided.key_id.encode()), (b"filigrane-scheme", scheme)]
@@ -157,9 +176,11 @@ async def _answer(scope: Scope, send: Send, status: int, reason: str, message: s
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008, "reason": reason})
         return
-    error = {"message": f"filigrane: {message}", "type": "BadRequestError", "code": status}
-    error["param"] = reason
+    kind = "AuthenticationError" if status == 401 else "BadRequestError"
+    error = {"message": f"filigrane: {message}", "type": kind, "code": status, "param": reason}
     body = json.dumps({"error": error}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
