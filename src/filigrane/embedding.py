@@ -79,7 +79,7 @@ def truncate(logits: npt.NDArray[np.float32], sampling: Sampling) -> npt.NDArray
 
     logits: (V,) float32 before temperature.
     """
-    from filigrane.kernels.draw import top_k
+    from filigrane.kernels.draw import nucleus, top_k
 
     kept = None
     if 0 < sampling.top_k < logits.shape[0]:
@@ -87,20 +87,14 @@ def truncate(logits: npt.NDArray[np.float32], sampling: Sampling) -> npt.NDArray
     if sampling.top_p == 1.0:
         return kept
     pool = logits if kept is None else logits[kept]
-    scaled = pool.astype(np.float64) / sampling.temperature
-    weights = np.exp(scaled - scaled.max())
-    total = weights.sum()
-    # Sorting a whole vocabulary is slow and the nucleus is small: look in ever larger heads of it.
-    size = 256
-    while True:
-        head = top_k(pool, size)
-        if size >= pool.shape[0] or weights[head].sum() >= sampling.top_p * total:
-            break
-        size *= 8
-    descending = head[np.argsort(-weights[head], kind="stable")]
-    before = np.cumsum(weights[descending]) - weights[descending]
-    nucleus = np.sort(descending[before < sampling.top_p * total])
-    return nucleus if kept is None else kept[nucleus]
+    found = np.empty(pool.shape[0], np.int64)
+    count = nucleus(
+        pool, 1.0 / sampling.temperature, sampling.top_p, np.empty(pool.shape[0]), found
+    )
+    if count < 0:
+        return kept  # NaN, +inf or nothing: whoever draws says so
+    chosen: npt.NDArray[np.int64] = np.sort(found[:count])
+    return chosen if kept is None else kept[chosen]
 
 
 class MarkedSampler:

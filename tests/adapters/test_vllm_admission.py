@@ -67,10 +67,38 @@ def test_only_the_middleware_can_say_who_asks(started: Path) -> None:
     decided = admission.admit(params(extra_args=sealed))
     assert isinstance(decided, Mark) and decided.key_id == "key-anna"
     assert admission.admitted(params(extra_args=sealed)) == decided
-    forged = ["anna", "anna~", f"anna~{'0' * 64}", admission.seal("berta").replace("berta", "anna")]
+    forged = [
+        "anna",
+        "anna~",
+        "anná~1~ü",
+        "anna~0~0",
+        f"anna~{'0' * 64}",
+        admission.seal("berta").replace("berta", "anna"),
+    ]
     for tenant in [*forged, 3, None]:
         with pytest.raises(RequestRefused, match="bearer tokens"):
             admission.admit(params(extra_args={"filigrane_tenant": tenant}))
+
+
+def test_a_seal_is_good_for_a_minute(started: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sealed = {"filigrane_tenant": admission.seal("anna")}
+    now = admission.time.monotonic()
+    monkeypatch.setattr(admission.time, "monotonic", lambda: now + admission.SEAL_SECONDS + 2)
+    with pytest.raises(RequestRefused, match="bearer tokens"):
+        admission.admit(params(extra_args=sealed))
+
+
+def test_a_request_that_is_checked_twice_is_counted_once(
+    started: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[tuple[str, str]] = []
+    monkeypatch.setattr(admission, "count", lambda *what: counted.append(what))
+    one = params(extra_args={"filigrane_tenant": admission.seal("anna")})
+    assert admission.admit(one) == admission.admit(one)
+    assert counted == [("marked", "gumbel")]
+    one.temperature = 0.0
+    with pytest.raises(RequestRefused):
+        admission.admit(one)
 
 
 def test_an_engine_does_not_check_decoding_again(started: Path) -> None:
@@ -95,8 +123,8 @@ def test_beams_are_recognised_by_their_steps(
     started: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They come without the arguments of whoever asked: only the middleware has seen those."""
-    step = params(max_tokens=1, logprobs=4, detokenize=False)
     for policy in ("default", "opt-in", "enforce"):
+        step = params(max_tokens=1, logprobs=4, detokenize=False)
         text = (started / "keyring.toml").read_text()
         (started / "keyring.toml").write_text(f'policy = "{policy}"\n' + text)
         admission.keyring.cache_clear()
@@ -110,6 +138,7 @@ def test_beams_are_recognised_by_their_steps(
         assert ask(asks)[0] == 400
         assert ask(opted)[0] == (400 if policy == "enforce" else 200)
         assert admission.vetted
+        step = params(max_tokens=1, logprobs=4, detokenize=False)
         if policy == "enforce":
             with pytest.raises(RequestRefused):
                 admission.admit(step)
@@ -191,7 +220,10 @@ def test_a_request_gets_its_tenant(started: Path) -> None:
     assert headers[b"filigrane-scheme"].startswith(b"greenlist:")
     content = json.loads(arrived)
     tenant = content["vllm_xargs"].pop("filigrane_tenant")
-    assert content == body and tenant == admission.seal("anna")
+    assert content == body and tenant.startswith("anna~")
+    assert admission.arguments({"filigrane_tenant": tenant}, check=True) == {
+        "filigrane_tenant": "anna"
+    }
     lengths = [value for name, value in scope["headers"] if name == b"content-length"]
     assert lengths == [str(len(arrived)).encode()]
 
@@ -233,6 +265,21 @@ def test_fields_in_the_body_itself(started: Path) -> None:
 def test_what_vllm_itself_refuses_arrives_unchanged(started: Path, body: bytes) -> None:
     status, headers, behind = ask(body)
     assert status == 200 and behind.seen[0][1] == body and b"filigrane-key" not in headers
+
+
+def test_paths_that_write_and_others(started: Path) -> None:
+    inner = {"token_ids": [1], "sampling_params": {"extra_args": {"filigrane_mark": "true"}}}
+    status, headers, behind = ask(inner, path="/inference/v1/generate")
+    arrived = json.loads(behind.seen[0][1])["sampling_params"]["extra_args"]
+    assert status == 200 and arrived["filigrane_tenant"].startswith("anna~")
+    assert headers[b"filigrane-key"] == b"key-anna"
+    for path in ("/v1/embeddings", "/tokenize"):
+        status, headers, behind = ask({"input": "x"}, path=path)
+        assert status == 200 and b"filigrane-key" not in headers
+        assert json.loads(behind.seen[0][1]) == {"input": "x"}
+    assert ask({"sampling_params": 3}, path="/inference/v1/generate")[0] == 200
+    for truth in (1, "true", "yes"):
+        assert ask({"use_beam_search": truth, "prompt": "x"})[0] == 400
 
 
 def test_open_paths(started: Path) -> None:

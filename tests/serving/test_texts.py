@@ -152,6 +152,16 @@ def test_rows_from_which_nothing_can_be_drawn() -> None:
         logits[3] = bad
         with pytest.raises(LogitsError):
             drawer.draw(text, blocks([text])[0], logits, Sampling())
+    # Masks that leave nothing, in every scheme and with truncation: an error, not a crash.
+    for name in SCHEMES:
+        if name == "greenlist":
+            continue
+        other = MarkedText(mark(from_tag(name)))
+        other.advance([1, 2, 3, 4])
+        for bad in (np.full(10, -np.inf), np.full(10, np.nan), np.full(10, np.inf)):
+            for sampling in (Sampling(top_p=0.9), Sampling(top_k=3), Sampling(top_k=3, top_p=0.5)):
+                with pytest.raises(LogitsError):
+                    drawer.draw(other, blocks([other])[0], bad.astype(np.float32), sampling)
     logits = np.zeros(10, np.float32)
     only(logits, 4)
     assert drawer.draw(text, blocks([text])[0], logits, Sampling()) == 4

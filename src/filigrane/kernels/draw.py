@@ -337,6 +337,66 @@ def _at_least(keys, maxima, threshold, out):
     return count
 
 
+_BUCKETS = 4096
+_PER_NAT = 16.0
+
+
+@njit(nogil=True, cache=True)
+def nucleus(logits, scale, share, weights, out):
+    """Top-p: indices, ascending, of the most probable tokens whose mass reaches share; how many.
+
+    Keeps a token while the mass before it, in falling order (ties by index), is below share of
+    all. Nothing is sorted but the tokens within a sixteenth of a nat of the border: masses are
+    summed by the logit's distance from the highest. Returns -1 when the logits are not finite.
+    """
+    n = logits.shape[0]
+    total = _weights(logits, scale, weights)
+    if total < 0.0:
+        return NOT_FINITE
+    peak = np.float64(logits.max())
+    sums = np.zeros(_BUCKETS, np.float64)
+    # Tokens so small that all of them together do not reach from the end to the border.
+    least = 0.5 * (1.0 - share) * total / n
+    candidates = np.empty(n, np.int64)
+    m = 0
+    for i in range(n):
+        if weights[i] > least:
+            candidates[m] = i
+            m += 1
+    buckets = np.empty(m, np.int64)
+    for j in range(m):
+        i = candidates[j]
+        gap = min((peak - np.float64(logits[i])) * scale * _PER_NAT, _BUCKETS - 1.0)
+        buckets[j] = np.int64(gap)
+        sums[buckets[j]] += weights[i]
+    target = share * total
+    before = 0.0
+    border = _BUCKETS - 1
+    for b in range(_BUCKETS):
+        if before + sums[b] >= target:
+            border = b
+            break
+        before += sums[b]
+    members = np.empty(m, np.int64)
+    inside = 0
+    count = 0
+    for j in range(m):
+        if buckets[j] < border:
+            out[count] = candidates[j]
+            count += 1
+        elif buckets[j] == border:
+            members[inside] = candidates[j]
+            inside += 1
+    order = np.argsort(-logits[members[:inside]], kind="mergesort")
+    for position in order:
+        if before >= target:
+            break
+        out[count] = members[position]
+        count += 1
+        before += weights[members[position]]
+    return count
+
+
 def top_k(logits: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.int64]:
     """Indices, ascending, of the logits no smaller than the k-th largest (ties are all kept).
 

@@ -14,6 +14,10 @@ from filigrane.errors import LogitsError
 from filigrane.schemes.base import Candidates
 from filigrane.serving.texts import MarkedText
 
+_NOT_DRAWABLE: Final = (
+    "logits hold NaN or +inf, or nothing above -inf; no token can be drawn. "
+    "Check the model's dtype and what masks its logits."
+)
 _NO_NOISE: Final = np.zeros(4, dtype=np.uint32)
 
 
@@ -46,6 +50,10 @@ class Drawer:
         position: of the token in its text, the next by default. Raises LogitsError for NaN, +inf or
         a row of -inf.
         """
+        from filigrane.kernels.draw import drawable
+
+        if not drawable(logits):
+            raise LogitsError(_NOT_DRAWABLE)
         kept = truncate(logits, sampling)
         ids, pool = self._ids[: logits.shape[0]], logits
         if kept is not None:
@@ -55,10 +63,7 @@ class Drawer:
         noise = _NO_NOISE if text.scheme.deterministic else text.noise(position)
         index = text.scheme.draw(candidates, block, noise, self._workspace)
         if index < 0:
-            raise LogitsError(
-                "logits hold NaN or +inf, or nothing above -inf; no token can be drawn. "
-                "Check the model's dtype and what masks its logits."
-            )
+            raise LogitsError(_NOT_DRAWABLE)
         return int(ids[index])
 
 

@@ -8,7 +8,7 @@ them secret:
     filigrane_scheme  a scheme's tag, one of those that the keyring allows for that key
     filigrane_mark    false opts out, true asks for the mark
     filigrane_tenant  on whose behalf; to be set by whoever authenticates (a gateway, or
-                      `filigrane.adapters.vllm.TenantMiddleware`), who removes what clients write
+                      the middleware of `adapters.vllm.tenants`), who removes what clients write
 
 Knows nothing of engines: they hand over the arguments and how the text is going to be decoded.
 """

@@ -104,6 +104,10 @@ class TritonPythonModel:
             self._requests.count("refused", _reason(error))
             message = f"{error} (reason: {_reason(error)})"
             _send(sender, _error(message, pb_utils.TritonError.INVALID_ARG))
+        except Exception as error:
+            # A template or a tokenizer: requests behind this one must be answered all the same.
+            self._requests.count("refused", "failed")
+            failure(error)
         else:
             self._requests.count(*outcome(texts))
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from filigrane.adapters.vllm import admission, launch
 from filigrane.embedding import Sampling
-from filigrane.errors import LogitsError, MissingDependency, NotReady
+from filigrane.errors import LogitsError, MissingDependency, NotReady, TokenError
 from filigrane.schemes.base import Scheme
 from filigrane.serving.drawing import Drawer, only
 from filigrane.serving.orders import Mark
@@ -94,6 +94,7 @@ class _Processor(ProcessorV1, ProcessorV2):
         self._rows: dict[int, _Row] = {}
         self._drawer: Drawer | None = None
         self._numbers = itertools.count()
+        self._told = False
         ring = admission.keyring()
         self._active = ring is not None and not self._loaded_twice(vllm_config)
         if ring is None or not self._active:
@@ -101,9 +102,7 @@ class _Processor(ProcessorV1, ProcessorV2):
         of_stage = [scheme for scheme in ring.schemes if scheme.acts_on == self.stage]
         self._check_placeholders(vllm_config, v1=isinstance(where, torch.device))
         answers = known_answers(of_stage)
-        rank = vllm_config.parallel_config.data_parallel_rank
-        # The same on all ranks of one engine, which must draw alike, and new with every start.
-        self._nonce = f"{launch.folder()}:{rank}"
+        self._nonce = _nonce(vllm_config)
         if not isinstance(where, torch.device):
             self._v2 = _DeviceRows(where, of_stage)
         self._sign = launch.Sign(self.stage)
@@ -153,7 +152,7 @@ class _Processor(ProcessorV1, ProcessorV2):
         mark = self._mark(params)
         if mark is None:
             return None
-        sampling = Sampling(top_k=max(params.top_k, 0), top_p=params.top_p)
+        sampling = Sampling(top_k=min(max(params.top_k, 0), 2**31 - 1), top_p=params.top_p)
         return _Row(mark, written, sampling, params.seed, self._next_nonce())
 
     def _mark(self, params: Any) -> Mark | None:
@@ -173,7 +172,12 @@ class _Processor(ProcessorV1, ProcessorV2):
             return logits
         rows, texts = [], []
         for index, row in self._rows.items():
-            text = row.now()
+            try:
+                text = row.now()
+            except TokenError as error:
+                # An exception here would end the engine for everybody.
+                self._tell(index, error)
+                continue
             if text.window is not None:
                 rows.append(index)
                 texts.append(text)
@@ -197,11 +201,17 @@ class _Processor(ProcessorV1, ProcessorV2):
             try:
                 token = self._drawer.draw(text, words, values[index], self._rows[index].sampling)
             except LogitsError as error:
-                # The model's failure, and one request's: the others go on, this one is noise.
-                _log.error("filigrane: a step of %r is unmarked: %s", text, error)
+                # The model's failure, or one request's masks: the others go on, this one is noise.
+                self._tell(index, error)
                 self._sign.counts += (-1, 1)
                 continue
             only(values[index], token)
+
+    def _tell(self, index: int, error: Exception) -> None:
+        # Once: whoever can bring it about could fill the log.
+        if not self._told:
+            _log.error("filigrane: a step of row %d is unmarked: %s", index, error)
+            self._told = True
 
     def _on_device(self, logits: torch.Tensor, rows: list[int], texts: list[MarkedText]) -> None:
         index = torch.tensor(rows, device=logits.device)
@@ -302,6 +312,17 @@ def _leave_only(logits: torch.Tensor, tokens: torch.Tensor) -> None:
     logits.copy_(torch.where((tokens >= 0)[:, None], kept, logits))
 
 
+def _nonce(vllm_config: Any) -> str:
+    """The same on all ranks of one engine, which must draw alike; new with every engine.
+
+    `instance_id` is drawn by vLLM for each configuration, and travels with it. Replicas of data
+    parallelism share it; their rank is 0 for models without experts, their index is not.
+    """
+    parallel = vllm_config.parallel_config
+    replica = getattr(parallel, "data_parallel_index", parallel.data_parallel_rank)
+    return f"{launch.folder()}:{vllm_config.instance_id}:{replica}"
+
+
 class _DeviceRows:
     """What V2 needs on the device: one line for each place that a request can take."""
 
@@ -330,7 +351,7 @@ class _DeviceRows:
             return
         self._scheme[place] = self._schemes.index(mark.scheme)
         self._numbers[place] = (params.temperature or 1.0, params.min_p, params.top_p)
-        self._top_k[place] = max(params.top_k, 0)
+        self._top_k[place] = min(max(params.top_k, 0), self._states.vocab_size)
         if self._states.prefill_len.np[place] > self._states.prompt_len.np[place]:
             self._resumed.append((place, mark, params.seed, nonce))
         else:
@@ -427,7 +448,7 @@ class _DeviceRows:
         if not k.any() and (p >= 1.0).all():
             return pool
         size = logits.shape[1]
-        tables = (np.where((self._top_k > 0) & (self._top_k < size), self._top_k, size),)
-        kept = torch.from_numpy(tables[0].astype(np.int32)).to(logits.device)[places]
+        table = np.where((self._top_k > 0) & (self._top_k < size), self._top_k, size)
+        kept = torch.from_numpy(table.astype(np.int32)).to(logits.device)[places]
         truncated: torch.Tensor = apply_top_k_top_p(pool, kept, own[:, 2].contiguous())
         return truncated

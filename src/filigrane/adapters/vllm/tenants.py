@@ -27,6 +27,18 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 OPEN: Final = frozenset({"/health", "/ping", "/metrics", "/metrics/", "/load", "/version"})
 """Paths that everybody may ask. All others want a token, if the keyring has any: vLLM has several
 that generate (/v1/..., /invocations, /inference/...), and newer versions have more."""
+GENERATING: Final = {
+    **dict.fromkeys(
+        (
+            *("/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch"),
+            *("/v1/responses", "/v1/messages", "/invocations"),
+        ),
+        ("vllm_xargs",),
+    ),
+    "/inference/v1/generate": ("sampling_params", "extra_args"),
+}
+"""Paths that write text, and where in their bodies vLLM looks for arguments. Others get no tenant;
+what they write is marked with keys that everybody may use, or refused."""
 MAX_BODY: Final = 64 * 2**20
 """Bytes; larger bodies are refused (413), not read."""
 
@@ -55,7 +67,10 @@ class Tenants:
         tenant = None
         if any(known.tokens_sha256 for known in ring.tenants.values()):
             kind, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-            tenant = ring.tenant_of(token.strip()) if kind.lower() == "bearer" else None
+            if kind.lower() != "bearer":
+                # Where Anthropic's clients put it (/v1/messages).
+                token = headers.get(b"x-api-key", b"").decode("latin-1")
+            tenant = ring.tenant_of(token.strip()) if token else None
             if tenant is None:
                 admission.count("refused", "unknown_tenant")
                 await _answer(
@@ -67,7 +82,7 @@ class Tenants:
                     "Authorization: Bearer TOKEN.",
                 )
                 return
-        if scope["type"] == "websocket" or scope["method"] != "POST":
+        if scope["type"] == "websocket" or scope["method"] != "POST" or path not in GENERATING:
             await self._app(scope, receive, send)
             return
         body = await _body(receive)
@@ -75,7 +90,7 @@ class Tenants:
             await _answer(scope, send, 413, "malformed", f"bodies have at most {MAX_BODY} bytes.")
             return
         try:
-            body, applied = _changed(ring, body, tenant)
+            body, applied = _changed(ring, body, tenant, GENERATING[path])
         except RequestRefused as error:
             admission.count("refused", error.reason)
             await _answer(scope, send, 400, error.reason, str(error).removeprefix("filigrane: "))
@@ -86,11 +101,12 @@ class Tenants:
         await self._app(changed, _replay(body, receive), _with_headers(send, applied))
 
 
+_WRITES: Final = frozenset({"prompt", "messages", "input", "token_ids"})
 _LENGTHS: Final = (b"content-length", b"transfer-encoding")
 
 
 def _changed(
-    ring: Keyring, body: bytes, tenant: str | None
+    ring: Keyring, body: bytes, tenant: str | None, place: tuple[str, ...]
 ) -> tuple[bytes, list[tuple[bytes, bytes]]]:
     """The body as vLLM gets it, and the headers of its answer."""
     try:
@@ -99,7 +115,12 @@ def _changed(
         return body, []  # not JSON, or not well formed: vLLM says so, or it is a file
     if not isinstance(content, dict):
         return body, []
-    given = content.get("vllm_xargs")
+    holder = content
+    for name in place[:-1]:
+        holder = holder.setdefault(name, {})
+        if not isinstance(holder, dict):
+            return body, []  # vLLM refuses it
+    given = holder.get(place[-1])
     if given is None:
         given = {}
     if not isinstance(given, dict):
@@ -109,11 +130,11 @@ def _changed(
         # Where other servers take them; vLLM would drop them without a word.
         if set(beside) & set(given):
             raise RequestRefused(
-                "filigrane: a field stands both in the body and in vllm_xargs; use one place.",
+                f"filigrane: a field stands both in the body and in {'.'.join(place)}; use one.",
                 reason="malformed",
             )
         given = {**given, **beside}
-        content["vllm_xargs"] = given
+        holder[place[-1]] = given
         body = json.dumps(content).encode()
     if tenant is not None:
         if "filigrane_tenant" in given:
@@ -122,15 +143,15 @@ def _changed(
                 reason="malformed",
             )
         given = {**given, "filigrane_tenant": admission.seal(tenant)}
-        content["vllm_xargs"] = given
+        holder[place[-1]] = given
         body = json.dumps(content).encode()
     # What the model's defaults make of temperature and length is vLLM's to say; it asks again.
-    beams = content.get("use_beam_search") is True
+    beams = content.get("use_beam_search") not in (None, False, 0, "false", "0", "no", "off")
     plain = admission.arguments(given, check=True)
     decided = decide(ring, plain, Decoding(beams=beams))
-    if not isinstance(decided, Mark):
+    if not isinstance(decided, Mark) or not _WRITES & set(content):
         if beams:
-            admission.count("unmarked", decided.reason)
+            admission.count("unmarked", "beams")
         return body, []
     scheme = decided.scheme.tag.encode()
     return body, [(b"filigrane-key", decided.key_id.encode()), (b"filigrane-scheme", scheme)]
