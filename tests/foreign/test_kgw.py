@@ -208,6 +208,79 @@ def test_uniform_over_keys(scheme: str) -> None:
     assert log_uniformity(spread) > math.log(1e-4)
 
 
+FREE_SCHEMES = [f"ff-{prf}-4-{salted}" for prf in PRFS for salted in (False, True)]
+
+
+@pytest.mark.parametrize("scheme", [*SCHEME_NAMES, *FREE_SCHEMES, "ff-noncomm_prf-9-False"])
+def test_token_0_is_no_evidence_under_any_key(scheme: str) -> None:
+    """After zeros, tokens that are green under one key, read under thirty others."""
+    profile = KgwExtended(vocab_size=1001, scheme=scheme)
+    width = profile.width
+    zeros = [0] * width
+    own = integer_key(987654321)
+    if profile.self_salted:
+        green = [t for t in range(1, 400) if profile.green([*zeros[1:], t], own)[t]]
+    else:
+        green = np.flatnonzero(profile.green(zeros, own)).tolist()
+    for chosen in (green[1:81], [t for t in green[1:81] for _ in range(2)]):
+        text = Written(tokens=[token for t in chosen for token in (*zeros, t)])
+        for number in np.random.default_rng(8).integers(2**40, 2**62, 30).tolist():
+            assert profile.read(text, integer_key(number)).log_pvalue > math.log(1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "window"),
+    [
+        ("skipgram", [0, 5, 6, 7, 8]),
+        ("ff-simple_skip_prf-3-False", [0, 5, 0]),
+        ("ff-anchored_skipgram_prf-3-False", [0, 5, 0]),
+        ("ff-minskipgram_prf-3-False", [0, 0, 0]),
+        ("minhash", [0, 0, 0, 0]),
+        ("ff-additive_prf-2-False", [0, 0]),
+        ("ff-multiplicative_prf-3-False", [4, 0, 9]),
+        ("ff-minfunc_prf-3-False", [4, 0, 9]),
+        ("ff-position_prf-2-False", [0, 0]),
+    ],
+)
+def test_lists_without_a_key_are_dropped(scheme: str, window: list[int]) -> None:
+    profile = KgwExtended(vocab_size=1001, scheme=scheme)
+    for number in (3, 2**40 + 7, 2**62 - 57):
+        found = profile.read(Written(tokens=[*window, 500]), integer_key(number))
+        assert found.dropped["same list under every key"] == 1 and found.n_scored == 0
+        assert found.compat["num_tokens_scored_all"] == 1
+        # A multiple of the table's size is another zero, unless its product wraps.
+        if scheme == "skipgram" and number == 3:
+            tokens = Written(tokens=[1000003, *window[1:], 500])
+            wider = KgwExtended(vocab_size=1_000_010, scheme=scheme)
+            assert wider.read(tokens, integer_key(3)).n_scored == 0
+
+
+def test_minima_count_unless_they_are_that_of_zero() -> None:
+    """h(0) = 250535: a window with token 0 is evidence if another token's number is smaller."""
+    profile = KgwExtended(vocab_size=1001, scheme="minhash")
+    scored = []
+    for number in range(2**40, 2**40 + 60):
+        key = integer_key(number)
+        found = profile.read(Written(tokens=[0, 3, 4, 5, 500]), key)
+        assert found.n_scored == (profile.seed([0, 3, 4, 5], key) < 250535)
+        scored.append(found.n_scored)
+    assert 0 < sum(scored) < 60
+
+
+def test_seeds_that_hold_few_bits_of_the_key_are_dropped() -> None:
+    """The anchored product of two tokens whose public numbers end in many zeros."""
+    profile = KgwExtended(vocab_size=200_000, scheme="ff-anchored_minhash_prf-1-True")
+    numbers = [profile.seed([t], integer_key(1)) for t in range(3000)]
+    even = [t for t, seed in enumerate(numbers) if seed % 2**16 == 0]
+    odd = [t for t, seed in enumerate(numbers) if seed % 2]
+    assert even and odd
+    for key in (1, 2**20, 2**62 - 57):
+        dropped = [profile.read(Written(tokens=[t]), integer_key(key)).n_scored for t in even]
+        assert not any(dropped)
+        kept = [profile.read(Written(tokens=[t]), integer_key(key)).n_scored for t in odd[:50]]
+        assert all(kept)
+
+
 # ------------------------------------------------------------------------ names
 
 

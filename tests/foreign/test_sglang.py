@@ -73,6 +73,47 @@ def test_compiled_numbers_are_the_same() -> None:
         assert np.array_equal(murmur_row(key, context, ids), plain)
 
 
+def alike(first: tuple[int, int], others: list[int]) -> list[list[int]]:
+    """Contexts (a, b) with the hash of `first`, one for each a: the words' mixing is undone."""
+    inverse = [pow(c, -1, 2**32) for c in (0xCC9E2D51, 0x1B873593)]
+
+    def turned(word: int, n: int) -> int:
+        return (word << n | word >> (32 - n)) & 0xFFFFFFFF
+
+    def mixed(word: int) -> int:
+        return turned(word * 0xCC9E2D51 & 0xFFFFFFFF, 15) * 0x1B873593 & 0xFFFFFFFF
+
+    def state(word: int) -> int:
+        return (turned(mixed(word), 13) * 5 + 0xE6546B64) & 0xFFFFFFFF
+
+    meant = state(first[0]) ^ mixed(first[1])
+    found = []
+    for a in others:
+        wanted = (state(a) ^ meant) * inverse[1] & 0xFFFFFFFF
+        found.append([a, turned(wanted, 17) * inverse[0] & 0xFFFFFFFF])
+    return found
+
+
+@pytest.mark.parametrize("kind", [SglangGumbel, SglangDualGumbel])
+def test_contexts_of_one_hash_count_once(kind: type[SglangGumbel | SglangDualGumbel]) -> None:
+    """Forty contexts that share one hash, all followed by one token."""
+    profile = kind(context_window=2)
+    pairs = alike((3, 4), list(range(100, 140)))
+    assert len(set(context_hashes(np.array(pairs, dtype=np.uint32)).tolist())) == 1
+    prompt = [1, 2]
+    text = Written(tokens=[token for pair in pairs for token in (*pair, 77)], prompt=prompt)
+    for key in random_keys(profile, 60):
+        result = profile.read(text, key)
+        assert result.compat["num_contexts"] == 120
+        assert result.n_scored == 81
+        assert result.dropped["same hash as an earlier context"] == 39
+        assert result.n_scored + sum(result.dropped.values()) == result.n_tokens
+        wanted = stats.log_sf_gamma(result.statistic, 81)
+        assert close(result.log_pvalue, wanted, 1e-12)
+        assert result.statistic < result.compat["score"]
+        assert result.log_pvalue > math.log(1e-5)
+
+
 def test_a_context_padded_in_front_is_the_shorter_context() -> None:
     padded = np.array([[0xFFFFFFFF, 0xFFFFFFFF, 7, 9]], dtype=np.uint32)
     short = np.array([[7, 9]], dtype=np.uint32)

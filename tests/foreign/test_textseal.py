@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hardtexts import HARD_TEXTS, log_valid
 
 from filigrane import stats
 from filigrane.errors import SchemeError
@@ -18,7 +19,8 @@ from filigrane.foreign import (
     from_tag,
     write,
 )
-from filigrane.foreign.textseal import _arguments, _log_sf_layers, buckets
+from filigrane.foreign.layers import log_sf_layers
+from filigrane.foreign.textseal import _arguments, buckets
 from filigrane.toy import ZipfModel
 from foreignkit import (
     CHANCE,
@@ -136,9 +138,9 @@ def test_weighted_tail_against_convolution(share: float) -> None:
                 longer[weight:] += law * share
                 law = longer
         for total in rng.integers(0, law.shape[0], 5):
-            got = _log_sf_layers(int(total), sizes, weights, share)
+            got = log_sf_layers(int(total), sizes, weights, share)
             assert got == pytest.approx(math.log(law[total:].sum()), rel=1e-9, abs=1e-11)
-        assert _log_sf_layers(law.shape[0], sizes, weights, share) == -math.inf
+        assert log_sf_layers(law.shape[0], sizes, weights, share) == -math.inf
 
 
 @pytest.mark.parametrize("n", [3, 57, 400])
@@ -146,8 +148,31 @@ def test_weighted_tail_against_convolution(share: float) -> None:
 def test_weighted_tail_of_equal_layers_is_that_of_weighted_bits(n: int, part: float) -> None:
     weights = [10 * 29 - 9 * layer for layer in range(30)]
     total = int(sum(weights) * n * part)
-    got = _log_sf_layers(total, np.full(30, n), np.array(weights), 0.5)
+    got = log_sf_layers(total, np.full(30, n), np.array(weights), 0.5)
     assert got == pytest.approx(stats.log_sf_weighted_bits(total, n, weights), rel=1e-9, abs=1e-13)
+
+
+@pytest.mark.parametrize("depth", [4, 10, 19])
+@pytest.mark.parametrize("n", [100, 3000])
+def test_weighted_tail_on_a_coarser_lattice(depth: int, n: int) -> None:
+    """Weights of these depths have a common divisor: 3, or 9."""
+    weights = [10 * (depth - 1) - 9 * layer for layer in range(depth)]
+    assert math.gcd(*weights) > 1
+    middle = sum(weights) * n // 2
+    spread = 0.5 * math.sqrt(n * sum(w * w for w in weights))
+    for deviations in (0.3, 2.0, 6.0):
+        for step in range(3):  # all steps between two points of the lattice are one
+            total = middle + int(deviations * spread) + step
+            got = log_sf_layers(total, np.full(depth, n), np.array(weights), 0.5)
+            wanted = stats.log_sf_weighted_bits(total, n, weights)
+            assert got == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.slow
+def test_weighted_layers_over_random_keys_on_hard_texts() -> None:
+    """What a text without a mark may repeat: p errs to the large side or is uniform."""
+    for tokens in HARD_TEXTS:
+        assert log_valid(TextSealSynthID(weighted=True), Written(tokens=tokens), 60) > CHANCE
 
 
 def test_the_tool_loses_its_digits_and_we_do_not() -> None:

@@ -6,7 +6,8 @@ gathers a text's n-grams, counts every draw once, and computes the tail. How the
 A *draw* is a pair (low 32 bits of the generator's seed, token): nothing else decides whether the
 token is green. Different n-grams can be the same draw (several PRFs look at a part of the context
 only, or at its minimum, and 64-bit seeds collide in their low half); a draw counts once. Draws
-whose seed does not depend on the key are no evidence at all and are left out.
+whose seed does not depend on the key are no evidence at all and are left out; which ones these are
+is for the profile to say (`keyless`), because it follows from the seeding function.
 
 Under no mark every draw is green with probability G / V, G = int(ratio * V) being the list's true
 size; draws of different seeds are independent, and those of one seed are draws without replacement,
@@ -34,7 +35,15 @@ from filigrane.foreign.keys import ForeignKey, KeyForm
 from filigrane.keys import _Secret
 from filigrane.schemes.base import check_number
 
-__all__ = ["MODULUS", "GreenLists", "Ngrams", "check_ratio", "gather", "unique_draws"]
+__all__ = [
+    "MODULUS",
+    "GreenLists",
+    "Ngrams",
+    "check_ratio",
+    "ends_in_zeros",
+    "gather",
+    "unique_draws",
+]
 
 MODULUS = 2**64 - 1
 """Tools reduce seeds by this: what `torch.Generator.manual_seed` takes without overflow."""
@@ -90,6 +99,14 @@ def unique_draws(
     return first.astype(np.int64), inverse.astype(np.int64)
 
 
+def ends_in_zeros(seeds: npt.NDArray[np.uint64], bits: int) -> npt.NDArray[np.bool_]:
+    """Whether the signed numbers behind seeds end in so many zero bits, 1 to 32: (n,) -> (n,)."""
+    mask = np.uint64(2**bits - 1)
+    low = seeds & mask
+    zeros: npt.NDArray[np.bool_] = (low == 0) | (low == mask)
+    return zeros
+
+
 def check_ratio(profile: str, name: str, ratio: object, vocab_size: int) -> None:
     """Raise SchemeError unless int(V * ratio) leaves green and red tokens."""
     check_number(profile, name, ratio, 0.0, 1.0)
@@ -127,6 +144,16 @@ class GreenLists(Writable):
         self, contexts: npt.NDArray[np.int64], number: int, prepared: Any
     ) -> npt.NDArray[np.uint64]:
         """The generator's seeds: contexts (n, width), the key's number -> (n,) uint64."""
+
+    def keyless(
+        self, seeds: npt.NDArray[np.uint64], number: int, prepared: Any
+    ) -> npt.NDArray[np.bool_]:
+        """Seeds that some window has under every key, or nearly: (n,) uint64 -> (n,) bool.
+
+        Decides by the low 32 bits of a seed. Here: those of a product with zero, of either sign
+        (a negative seed has lost one on its way through 2**64 - 1).
+        """
+        return ends_in_zeros(seeds, 32)
 
     def prepare(self, number: int) -> Any:
         """What `seeds` needs of the key and is worth keeping; nothing by default."""
@@ -216,12 +243,12 @@ class GreenLists(Writable):
     def _read(self, texts: tuple[Written, ...], key: ForeignKey) -> ForeignResult:
         (number,) = key.reveal()
         ngrams = gather(texts, self.ngram, bos=self.bos)
-        seeds = self.seeds(ngrams.rows[:, : self.width], number, self.prepare(number))
+        prepared = self.prepare(number)
+        seeds = self.seeds(ngrams.rows[:, : self.width], number, prepared)
         tokens = ngrams.rows[:, -1]
         first, inverse = unique_draws(seeds, tokens)
         green = self._are_green(seeds[first], tokens[first])
-        # After token 0, and whatever else makes a seed of 0, all keys have one list.
-        free = seeds & np.uint64(0xFFFFFFFF) == 0
+        free = self.keyless(seeds, number, prepared)
         counted = ~free[first]
         n, count = int(counted.sum()), int(green[counted].sum())
         inside = ngrams.inside

@@ -17,7 +17,12 @@ wrapped to 64 bits with a sign, T = perm(2971215073, 1000003), h(x) = T[x mod 10
     position           i64(sum of k * c[i] * (i + 1))
 
 all modulo 2**64 - 1. Several of them give one list to many contexts; such repeated draws count once
-here and, when the contexts differ, many times in the tool. The window search of the tool reports
+here and, when the contexts differ, many times in the tool.
+
+h(k * 0) = h(0) is one number under all keys. Where the key enters through h(k * c[i]) only, windows
+whose deciding tokens are 0 have one list for all keys, and so do windows whose minimum is that
+h(0); long products lose their bits to powers of two. Neither is evidence: see `keyless`. The window
+search of the tool reports
 the p-value of a maximum and is not reproduced.
 """
 
@@ -32,7 +37,13 @@ import numpy.typing as npt
 
 from filigrane.errors import SchemeError
 from filigrane.foreign.base import check_vocab
-from filigrane.foreign.greenlists import CPU_ONLY, MODULUS, GreenLists, check_ratio
+from filigrane.foreign.greenlists import (
+    CPU_ONLY,
+    MODULUS,
+    GreenLists,
+    check_ratio,
+    ends_in_zeros,
+)
 from filigrane.foreign.keys import ForeignKey
 from filigrane.foreign.transformers_kgw import (
     DEFAULT_KEY,
@@ -124,6 +135,16 @@ PRFS: Final[dict[str, Callable[[Ids, int], npt.NDArray[np.uint64]]]] = {
     "position_prf": _position,
 }
 """Seeding functions by the tool's names: contexts (n, w) int64 and the key -> (n,) uint64."""
+
+_KEY_INSIDE: Final = frozenset(
+    {"simple_skip_prf", "skipgram_prf", "anchored_skipgram_prf", "minhash_prf", "minskipgram_prf"}
+)
+"""Functions in which the key does nothing but choose an entry of the public table."""
+_WRAPPED: Final = frozenset({"anchored_minhash_prf", "noncomm_prf", "position_prf"})
+"""Functions that multiply the key by something public, modulo a power of two."""
+_PRODUCTS: Final = frozenset({"simple_skip_prf", "anchored_skipgram_prf", "minskipgram_prf"})
+_LEAST_BITS: Final = 16
+"""Bits of the key, or of the table, that have to be left in a seed."""
 
 
 class _Seeding(NamedTuple):
@@ -234,6 +255,24 @@ class KgwExtended(GreenLists):
     ) -> npt.NDArray[np.uint64]:
         """See `GreenLists.seeds`."""
         return PRFS[_seeding(self.scheme).prf](contexts, number)
+
+    def keyless(
+        self, seeds: npt.NDArray[np.uint64], number: int, prepared: Any
+    ) -> npt.NDArray[np.bool_]:
+        """See `GreenLists.keyless`: also the seed of zeros, and products that end in zeros.
+
+        A product of the key modulo 2**32 whose public factor ends in z zero bits holds 32 - z bits
+        of the key; those with 16 or fewer are left out. The zeros of the key are its own.
+        """
+        prf, width, _ = _seeding(self.scheme)
+        found = GreenLists.keyless(self, seeds, number, prepared)
+        if prf in _KEY_INSIDE:
+            low = np.uint64(0xFFFFFFFF)
+            found |= seeds & low == PRFS[prf](np.zeros((1, width), np.int64), number)[0] & low
+        if prf in _PRODUCTS | _WRAPPED:
+            own = (number & -number).bit_length() - 1 if prf in _WRAPPED and number else 0
+            found |= ends_in_zeros(seeds, min(32, own + _LEAST_BITS))
+        return found
 
     def default_warnings(self, key: ForeignKey) -> tuple[str, ...]:
         """See `Profile.default_warnings`."""

@@ -9,8 +9,9 @@ u = (h + 1/2) / 2**32.
                key makes the token; a detector tosses the same coin, so scores are not diluted
 
 A sum of n scores is Gamma(n, 1) but for the lattice of 2**32 midpoints: each score is at most the
-mean of an exponential variable over its cell, so moments are below those of the Gamma law. Equal
-hashes of different contexts (expected: n**2 / 2**33 pairs) would be counted as if independent.
+mean of an exponential variable over its cell, so moments are below those of the Gamma law. The hash
+of a context takes no key: different contexts of one hash share all randomness under every key, and
+such contexts are easily made. The p-value counts the first of them; the tool's numbers count all.
 """
 
 import math
@@ -27,7 +28,7 @@ from filigrane.embedding import Sampling
 from filigrane.foreign import drawing
 from filigrane.foreign.base import ForeignResult, Writable, Written
 from filigrane.foreign.keys import ForeignKey, KeyForm
-from filigrane.foreign.windows import PADDING, Words, windows
+from filigrane.foreign.windows import PADDING, Words, first_of, windows
 from filigrane.schemes.base import check_integer, check_number
 
 __all__ = ["SglangDualGumbel", "SglangGumbel", "context_hashes", "murmur", "token_hashes"]
@@ -94,10 +95,15 @@ def _scores(words: Words) -> npt.NDArray[np.float64]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Scored:
-    """What a claim's positions are: hashes and tokens of the scored ones, and what was dropped."""
+    """What a claim's positions are, and what was dropped.
+
+    hashes, tokens: (n,), of the positions that the tool scores; distinct: (n,) the first of every
+    hash, which ours scores.
+    """
 
     hashes: Words
     tokens: npt.NDArray[np.uint32]
+    distinct: npt.NDArray[np.bool_]
     dropped: dict[str, int]
     unknown: int
     examined: int
@@ -151,11 +157,15 @@ class _Murmur(Writable):
         at_start = np.append(before, found.first.sum())[start] if len(texts) else before[:0]
         inside = before - at_start[found.text] < self.max_contexts
         which = found.first & inside
+        hashes = context_hashes(found.contexts(which))
+        distinct = first_of(hashes)
         return _Scored(
-            hashes=context_hashes(found.contexts(which)),
+            hashes=hashes,
             tokens=found.tokens(which),
+            distinct=distinct,
             dropped={
                 "repeated context": int((~found.first & inside).sum()),
+                "same hash as an earlier context": int((~distinct).sum()),
                 "prompt unknown": skipped,
                 "after max_contexts": int((~inside).sum()),
             },
@@ -240,12 +250,13 @@ class SglangGumbel(_Murmur):
     def _read(self, texts: tuple[Written, ...], key: ForeignKey) -> ForeignResult:
         scored = self._scored(texts)
         scores = _scores(token_hashes(key.reveal()[0], scored.hashes, scored.tokens))
+        ours = scores[scored.distinct]
         return self.result(
             texts,
             key,
-            log_pvalue=_tail(scores),
-            statistic=float(scores.sum()),
-            n_scored=scores.shape[0],
+            log_pvalue=_tail(ours),
+            statistic=float(ours.sum()),
+            n_scored=ours.shape[0],
             dropped=scored.dropped,
             compat=_report(scores, "") | {"tokens_examined": scored.examined},
             method="exact tail (Gamma)",
@@ -288,6 +299,7 @@ class SglangDualGumbel(_Murmur):
         one, two = (_scores(token_hashes(k, scored.hashes, scored.tokens)) for k in key.reveal())
         takes_a = self._takes_a(key, scored.hashes)
         scores = np.where(takes_a, one, two)
+        ours = scores[scored.distinct]
         notes = self._notes(scored)
         if self.mixing_probability is None:
             notes.append(
@@ -304,9 +316,9 @@ class SglangDualGumbel(_Murmur):
         return self.result(
             texts,
             key,
-            log_pvalue=_tail(scores),
-            statistic=float(scores.sum()),
-            n_scored=scores.shape[0],
+            log_pvalue=_tail(ours),
+            statistic=float(ours.sum()),
+            n_scored=ours.shape[0],
             dropped=scored.dropped,
             compat=compat,
             method="exact tail (Gamma)",

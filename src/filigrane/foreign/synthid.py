@@ -14,9 +14,10 @@ The bits of a scored position are fair coins over random keys, so the sum of n p
 layers is Binomial(n m, 1/2), and sums weighted 10 to 1 have an exact law on a lattice as well;
 neither tool gives a p-value. With the table only the low 16 bits of a hash count, so n-grams that
 agree there have all bits in common: readers score the first of them and drop the rest, which keeps
-the law true of long texts. The table is fixed; that of seed 0 holds 32,743 ones of 65,536, 0.0004
-below one half, so p-values err to the large side. A reading under a seed with more ones than zeros
-says so.
+the law true of long texts. For the same reason equal keys make equal layers, and keys may be equal
+to the table and to nobody else: such layers are one, with the sum of their weights. The table is
+fixed; that of seed 0 holds 32,743 ones of 65,536, 0.0004 below one half, so p-values err to the
+large side. Of a table with more ones than zeros the law takes the true share of ones.
 """
 
 import hashlib
@@ -37,6 +38,7 @@ from filigrane.errors import SchemeError
 from filigrane.foreign import drawing
 from filigrane.foreign.base import ForeignResult, Writable, Written
 from filigrane.foreign.keys import ForeignKey, KeyForm
+from filigrane.foreign.layers import log_sf_layers
 from filigrane.foreign.windows import first_of
 from filigrane.schemes.base import check_integer
 
@@ -177,6 +179,14 @@ class _SynthID(Writable):
     def bits_depend_on(self, ngrams: Hashes) -> Hashes:
         """What of the n-gram hashes decides all bits: equal values, equal bits."""
 
+    @abstractmethod
+    def effective(self, number: int) -> int:
+        """What of a key's number decides a layer: equal values, equal layers."""
+
+    def ones(self) -> tuple[int, int]:
+        """Share of ones among a layer's bits, as (ones, of how many)."""
+        return 1, 2
+
     def context_hashes(self, contexts: npt.NDArray[np.int64], keys: Sequence[int]) -> Hashes:
         """Hashes of contexts (..., ngram_len - 1), oldest token first."""
         h = np.full(contexts.shape[:-1], self.initial(keys) % _WRAP, dtype=np.uint64)
@@ -235,12 +245,13 @@ class _SynthID(Writable):
         if self.scoring == "mean":
             weights = [1] * m
         total = int(sum(int(w) * int(g) for w, g in zip(weights, ours, strict=True)))
+        log_p, method, notes = self._tail(total, n, weights, keys)
         scale = np.linspace(10.0, 1.0, m) if m > 1 else np.ones(1)
         scale = scale * (m / scale.sum())
         return self.result(
             texts,
             key,
-            log_pvalue=stats.log_sf_weighted_bits(total, n, weights) if n else 0.0,
+            log_pvalue=log_p,
             statistic=total / (sum(weights) * n) if n else 0.0,
             n_scored=n,
             dropped={
@@ -255,10 +266,37 @@ class _SynthID(Writable):
                 "mean_score": float(theirs.sum()) / (told * m) if told else 0.0,
                 "weighted_mean_score": float(theirs @ scale) / (told * m) if told else 0.0,
             },
-            method="exact tail (binomial)"
-            if self.scoring == "mean"
-            else "exact tail (weighted bits)",
+            method=method,
+            warnings=notes,
         )
+
+    def _tail(
+        self, total: int, n: int, weights: Sequence[int], keys: Sequence[int]
+    ) -> tuple[float, str, list[str]]:
+        """Of a weighted sum over n positions: log p-value, how it was made, and warnings."""
+        merged: dict[int, int] = {}
+        for weight, number in zip(weights, keys, strict=True):
+            same = self.effective(number)
+            merged[same] = merged.get(same, 0) + weight
+        notes = []
+        layers = np.array(list(merged.values()), dtype=np.int64)
+        method = "binomial" if np.all(layers == layers[0]) else "weighted bits"
+        if len(merged) < len(keys):
+            notes.append(
+                f"some keys are equal to this generator: {len(keys)} keys make {len(merged)} "
+                "different layers, and equal ones count as one"
+            )
+            method += f", {len(merged)} different layers"
+        ones, size = self.ones()
+        if 2 * ones > size:
+            method += f", {ones} ones of {size}"
+        if n == 0 or ones == size:
+            log_p = 0.0
+        elif 2 * ones <= size:
+            log_p = stats.log_sf_weighted_bits(total, n, layers.tolist())
+        else:
+            log_p = log_sf_layers(total, np.full(layers.shape[0], n), layers, ones / size)
+        return log_p, f"exact tail ({method})", notes
 
     def posterior(
         self, texts: Sequence[Written] | Written, key: ForeignKey, detector: Bayesian
@@ -384,15 +422,6 @@ class SynthIDHf(_SynthID):
         check_integer(self.name, "sampling_table_size", self.sampling_table_size, 2, 2**26)
         check_integer(self.name, "sampling_table_seed", self.sampling_table_seed, 0, 2**64 - 1)
 
-    def default_warnings(self, key: ForeignKey) -> tuple[str, ...]:
-        """See `Profile.default_warnings`."""
-        table = _table(self.sampling_table_seed, self.sampling_table_size)
-        share = float(table.mean())
-        notes = _SynthID.default_warnings(self, key)
-        if share > 0.5:
-            notes += (f"the table of this seed holds {share:.4%} ones: p is too small for that",)
-        return notes
-
     def initial(self, keys: Sequence[int]) -> int:
         """See `_SynthID.initial`: one, whatever the keys."""
         return 1
@@ -407,9 +436,20 @@ class SynthIDHf(_SynthID):
         return out
 
     def bits_depend_on(self, ngrams: Hashes) -> Hashes:
-        """See `_SynthID.bits_depend_on`: of a table of 2**k entries, the low k bits."""
-        size = self.sampling_table_size
-        return ngrams & np.uint64(size - 1) if size & (size - 1) == 0 else ngrams
+        """See `_SynthID.bits_depend_on`: of a table of 2**k entries, as much as the low k bits.
+
+        With other sizes an index jumps where a hash wraps; but for that, the same is true.
+        """
+        return ngrams * np.uint64(_MULTIPLIER) % np.uint64(self.sampling_table_size)
+
+    def effective(self, number: int) -> int:
+        """See `_SynthID.effective`: what `bits_depend_on` takes of a hash, of a key."""
+        return number * _MULTIPLIER % _WRAP % self.sampling_table_size
+
+    def ones(self) -> tuple[int, int]:
+        """See `_SynthID.ones`: counted in the table."""
+        table = _table(self.sampling_table_seed, self.sampling_table_size)
+        return int(table.sum(dtype=np.int64)), self.sampling_table_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -450,6 +490,10 @@ class SynthIDHead(_SynthID):
     def bits_depend_on(self, ngrams: Hashes) -> Hashes:
         """See `_SynthID.bits_depend_on`: the whole hash."""
         return ngrams
+
+    def effective(self, number: int) -> int:
+        """See `_SynthID.effective`: 64 bits."""
+        return number % _WRAP
 
     def tilt(self, probs: npt.NDArray[np.float64], bits: Bits) -> npt.NDArray[np.float64]:
         """See `_SynthID.tilt`; with N leaves, the winner of N draws in every layer."""
