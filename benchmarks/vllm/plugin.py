@@ -2,7 +2,7 @@
 
     FILIGRANE_VLLM=.vllm/bin/vllm python benchmarks/vllm/plugin.py MODEL_FOLDER
 
-Both servers run all the time, and are asked in turn: 16 requests at once, 128 tokens each, without
+Both servers run all the time, and are asked in turn: 16 requests at once, 64 tokens each, without
 a mark, then with each scheme. Writes plugin.json and plugin.md beside this file.
 """
 
@@ -25,7 +25,7 @@ import vllmkit  # noqa: E402
 from filigrane.bench.machine import describe  # noqa: E402
 
 SCHEMES = ("gumbel", "greenlist:delta=2", "tournament", "gamma", "delta")
-REQUESTS, TOKENS, ROUNDS = 16, 128, int(os.environ.get("ROUNDS", "7"))
+REQUESTS, TOKENS, ROUNDS = 16, 64, int(os.environ.get("ROUNDS", "7"))
 MODES: dict[str, dict[str, str] | None] = {
     "without filigrane": None,
     "plugin, opted out": {"filigrane_mark": "false"},
