@@ -26,7 +26,7 @@ import ringkit
 import servers
 from filigrane import Key, detect, from_tag
 from filigrane.adapters.models import LoadedModel, load
-from filigrane.adapters.tritonserver.answering import Answering, outcome
+from filigrane.adapters.tritonserver.answering import Answering
 from filigrane.adapters.tritonserver.repository import Deployment, config, write_repository
 from filigrane.adapters.tritonserver.tensors import INPUTS, OUTPUTS
 from filigrane.adapters.writing import Batch, Text, finish
@@ -137,7 +137,8 @@ def test_rows_of_a_request(keys_and_answering: tuple[dict[str, Key], Answering])
         for name, key in keys.items():
             p = detect(ids[ids >= 0], key, from_tag(tag)).log_pvalue
             assert (p < MOST) == (name == tenant)
-    assert outcome(texts) == ("marked", "gumbel") and outcome(texts[3:])[0] == "unmarked"
+    assert texts[0].order.mark.outcome == ("marked", "gumbel")
+    assert texts[3].order.mark.outcome[0] == "unmarked"
 
 
 def test_a_batch_is_its_rows_alone(keys_and_answering: tuple[dict[str, Key], Answering]) -> None:

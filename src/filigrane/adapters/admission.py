@@ -13,11 +13,9 @@ from typing import Final
 from filigrane.embedding import Sampling
 from filigrane.errors import RequestRefused
 from filigrane.serving.keyring import Keyring
-from filigrane.serving.orders import Decoding, Mark, Unmarked, decide
+from filigrane.serving.orders import GREEDY, Decoding, Mark, Unmarked, decide
 
 _TENANT: Final = "filigrane_tenant"
-_GREEDY: Final = 1e-5
-"""Temperatures below are greedy, as in vLLM; `serving.decide` has the same limit."""
 
 
 class NotIdentified(RequestRefused):
@@ -32,17 +30,12 @@ class Admitted:
     mark: Mark | Unmarked
 
 
-def knows_tokens(keyring: Keyring | None) -> bool:
-    """Whether tenants have to show bearer tokens."""
-    return keyring is not None and any(t.tokens_sha256 for t in keyring.tenants.values())
-
-
 def identify(keyring: Keyring | None, token: str | None) -> str | None:
     """The tenant whose token this is; None where nobody has tokens, and what clients say counts.
 
     Raises NotIdentified if tokens are needed and this is none of them.
     """
-    if keyring is None or not knows_tokens(keyring):
+    if keyring is None or not keyring.knows_tokens:
         return None
     tenant = keyring.tenant_of(token) if token else None
     if tenant is None:
@@ -80,7 +73,7 @@ def admit(
             )
         given[_TENANT] = tenant
     sampling = Sampling(
-        temperature=0.0 if temperature < _GREEDY else temperature,
+        temperature=0.0 if temperature < GREEDY else temperature,
         top_k=max(top_k, 0),
         top_p=top_p,
     )

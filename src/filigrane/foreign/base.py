@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from filigrane.contexts import TokenIds, as_token_ids
 from filigrane.embedding import Sampling
-from filigrane.errors import FiligraneError, KeyFormatError, TokenError
+from filigrane.errors import FiligraneError, KeyFormatError, LogitsError, TokenError
 from filigrane.foreign.keys import ForeignKey, KeyForm
 from filigrane.schemes.base import check_integer
 
@@ -165,6 +165,14 @@ class Profile(ABC):
             raise KeyFormatError(
                 f"{self.name} takes keys of form {self.key_form.value}, and {key.name} was read as "
                 f"{key.form.value}; read it with KeyForm.{self.key_form.name}."
+            )
+
+    def require_width(self, logits: npt.NDArray[np.float32]) -> None:
+        """Raise LogitsError unless these are logits (V,) of the profile's vocabulary."""
+        if logits.shape != (self.vocabulary,):
+            raise LogitsError(
+                f"{self.name}: logits have shape {logits.shape} and vocab_size is "
+                f"{self.vocabulary}; vocab_size must be the width of the logits."
             )
 
     def result(

@@ -33,6 +33,13 @@ def softmax(scaled: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     return probs
 
 
+def pick(
+    ids: npt.NDArray[np.int64], scaled: npt.NDArray[np.float32], rng: np.random.Generator
+) -> int:
+    """One of the candidates, drawn from the law of their scaled logits: an id."""
+    return int(ids[draw(softmax(scaled), rng)])
+
+
 def draw(probs: npt.NDArray[np.float64], rng: np.random.Generator) -> int:
     """An index drawn from probabilities with private randomness."""
     edges = np.cumsum(probs)

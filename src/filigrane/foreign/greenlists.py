@@ -28,7 +28,7 @@ import numpy.typing as npt
 from filigrane import stats
 from filigrane.contexts import TokenIds
 from filigrane.embedding import Sampling
-from filigrane.errors import LogitsError, SchemeError, TokenError
+from filigrane.errors import SchemeError, TokenError
 from filigrane.foreign.base import ForeignResult, Writable, Written
 from filigrane.foreign.drawing import candidates, draw, softmax
 from filigrane.foreign.keys import ForeignKey, KeyForm
@@ -306,11 +306,7 @@ class GreenLists(Writable):
         With fewer than `width` of them the scores come back as they are, as the tool has it.
         """
         ids = np.asarray(context, dtype=np.int64)
-        if scores.shape != (self.vocabulary,):
-            raise LogitsError(
-                f"{self.name}: logits have shape {scores.shape} and vocab_size is "
-                f"{self.vocabulary}; vocab_size must be the width of the logits."
-            )
+        self.require_width(scores)
         if ids.shape[0] < self.width:
             return scores
         self.require_key(key)

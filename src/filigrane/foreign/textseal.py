@@ -164,7 +164,7 @@ def _mid_p(count: int, n: int, share: float) -> float:
     if n == 0:
         return 1.0
     above = math.exp(stats.log_sf_binomial(count + 1, n, share))
-    here = math.exp(stats.log_sf_binomial(count, n, share)) if count >= 0 else 1.0
+    here = math.exp(stats.log_sf_binomial(count, n, share))
     return min(1.0, max(_FLOOR, 0.5 * (above + here)))
 
 
@@ -232,7 +232,7 @@ class TextSealGreenList(_TextSeal, Writable):
         if context is not None:
             green = self._green(_arguments(context, ids), key)
             scaled = (scaled + np.float32(self.delta) * green).astype(np.float32)
-        return int(ids[drawing.draw(drawing.softmax(scaled), rng)])
+        return drawing.pick(ids, scaled, rng)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,7 +295,7 @@ class TextSealGumbelMax(_TextSeal, Writable):
         ids, scaled = drawing.candidates(logits, sampling)
         context = self._context(prompt, output)
         if context is None:
-            return int(ids[drawing.draw(drawing.softmax(scaled), rng)])
+            return drawing.pick(ids, scaled, rng)
         return self.race(key.reveal()[0], context, ids, scaled)
 
 

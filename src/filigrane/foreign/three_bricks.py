@@ -35,11 +35,12 @@ import numpy.typing as npt
 from filigrane import stats
 from filigrane.contexts import TokenIds, as_token_ids
 from filigrane.embedding import Sampling
-from filigrane.errors import LogitsError, SchemeError, TokenError
+from filigrane.errors import SchemeError, TokenError
 from filigrane.foreign.base import ForeignResult, Writable, Written, check_vocab
-from filigrane.foreign.drawing import candidates, draw, softmax
+from filigrane.foreign.drawing import candidates, pick, softmax
 from filigrane.foreign.greenlists import CPU_ONLY, MODULUS, check_ratio, gather, unique_draws
 from filigrane.foreign.keys import ForeignKey, KeyForm
+from filigrane.foreign.windows import first_of
 from filigrane.schemes.base import check_integer, check_number
 
 __all__ = ["ThreeBricks", "ThreeBricksMaryland", "ThreeBricksOpenai", "corpus_mask", "read_corpus"]
@@ -227,13 +228,6 @@ class ThreeBricks(Writable):
         window = np.concatenate([prompt[-self.ngram :], last])
         return self.seed(window, key) if window.shape[0] >= self.ngram else None
 
-    def _check_width(self, logits: npt.NDArray[np.float32]) -> None:
-        if logits.shape != (self.vocab_size,):
-            raise LogitsError(
-                f"{self.name}: logits have shape {logits.shape} and vocab_size is "
-                f"{self.vocab_size}; vocab_size must be the width of the logits."
-            )
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThreeBricksMaryland(ThreeBricks):
@@ -312,7 +306,7 @@ class ThreeBricksMaryland(ThreeBricks):
         sampling: Sampling,
     ) -> int:
         """See `Writable.choose`."""
-        self._check_width(logits)
+        self.require_width(logits)
         seed = self._seed_of(prompt, output, key)
         if seed is not None:
             from filigrane.kernels.mersenne import front
@@ -321,7 +315,7 @@ class ThreeBricksMaryland(ThreeBricks):
             logits = logits.copy()
             logits[(green - self.payload) % self.vocab_size] += np.float32(self.delta)
         ids, scaled = candidates(logits, sampling)
-        return int(ids[draw(softmax(scaled), rng)])
+        return pick(ids, scaled, rng)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -384,11 +378,11 @@ class ThreeBricksOpenai(ThreeBricks):
         sampling: Sampling,
     ) -> int:
         """See `Writable.choose`."""
-        self._check_width(logits)
+        self.require_width(logits)
         seed = self._seed_of(prompt, output, key)
         ids, scaled = candidates(logits, sampling)
         if seed is None or ids.shape[0] == 1:
-            return int(ids[draw(softmax(scaled), rng)])
+            return pick(ids, scaled, rng)
         r = self._uniforms(seed)[(ids + self.payload) % self.vocab_size].astype(np.float64)
         with np.errstate(divide="ignore"):  # r = 0 never wins
             race = np.log(r) / softmax(scaled)
@@ -411,11 +405,7 @@ def _first_seen(rows: npt.NDArray[np.int64], rule: str) -> npt.NDArray[np.bool_]
     """Which n-grams (n, k + 1) one of RULES scores, (n,) bool."""
     if rule == "none":
         return np.ones(rows.shape[0], dtype=np.bool_)
-    seen = np.zeros(rows.shape[0], dtype=np.bool_)
-    if rows.shape[0]:
-        identity = rows[:, :-1] if rule == "v1" else rows
-        seen[np.unique(identity, axis=0, return_index=True)[1]] = True
-    return seen
+    return first_of(rows[:, :-1] if rule == "v1" else rows)
 
 
 # ---------------------------------------------------------------------------- whole corpora

@@ -111,6 +111,11 @@ class Keyring:
         return found
 
     @property
+    def knows_tokens(self) -> bool:
+        """Whether tenants have to show bearer tokens."""
+        return any(tenant.tokens_sha256 for tenant in self.tenants.values())
+
+    @property
     def digest(self) -> str:
         """What tells one keyring from another, 16 hex digits; says nothing of secrets."""
         facts: list[object] = [self.policy, self.default, sorted(map(repr, self.tenants.values()))]

@@ -29,6 +29,8 @@ ARGUMENTS: Final = (
     "filigrane_mark",
     "filigrane_tenant",
 )
+GREEDY: Final = 1e-5
+"""Temperatures below are greedy, as in vLLM."""
 _PREFIX: Final = "filigrane_"
 _LONGEST: Final = 256
 _BOOLEANS: Final = {
@@ -72,12 +74,22 @@ class Mark:
     key_id: str
     scheme: Scheme
 
+    @property
+    def outcome(self) -> tuple[str, str]:
+        """How a request is counted: what became of it, and the reason or scheme."""
+        return "marked", self.scheme.name
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unmarked:
     """A request that is not to be marked. reason: "opted_out" or "not_asked"."""
 
     reason: str
+
+    @property
+    def outcome(self) -> tuple[str, str]:
+        """How a request is counted: what became of it, and the reason or scheme."""
+        return "unmarked", self.reason
 
 
 def decide(
@@ -210,7 +222,7 @@ def _check_decoding(scheme: Scheme, decoding: Decoding, may_opt_out: bool) -> No
         refuse_unmarkable(
             scheme,
             Sampling(
-                temperature=0.0 if decoding.temperature < 1e-5 else decoding.temperature,
+                temperature=0.0 if decoding.temperature < GREEDY else decoding.temperature,
                 top_k=max(decoding.top_k, 0),
                 top_p=decoding.top_p,
             ),

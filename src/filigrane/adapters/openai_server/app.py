@@ -362,10 +362,7 @@ class _Server:
             self._requests.labels("refused", reason).inc()
             _log.info("%s refused: %s", api, reason)
             return _refusal(error)
-        if isinstance(asked.mark, Mark):
-            self._requests.labels("marked", asked.mark.scheme.name).inc()
-        else:
-            self._requests.labels("unmarked", asked.mark.reason).inc()
+        self._requests.labels(*asked.mark.outcome).inc()
         if asked.wanted.stream:
             return StreamingResponse(
                 self._stream(asked),

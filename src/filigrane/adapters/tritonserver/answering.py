@@ -142,12 +142,6 @@ class Answering:
         }
 
 
-def outcome(texts: Sequence[Text]) -> tuple[str, str]:
-    """The labels of the counter for a request that is answered."""
-    mark = texts[0].order.mark
-    return ("marked", mark.scheme.name) if isinstance(mark, Mark) else ("unmarked", mark.reason)
-
-
 def _plain(value: Any) -> Any:
     """Strings come as bytes."""
     if not isinstance(value, bytes):

@@ -77,7 +77,6 @@ class TritonPythonModel:
 
     def _take(self, inputs: dict[str, Any], token: str | None, sender: Any) -> None:
         from filigrane.adapters.model_thread import Job, Overloaded
-        from filigrane.adapters.tritonserver.answering import outcome
 
         def progress() -> None:
             if all(text.ended is not None for text in texts):
@@ -109,7 +108,7 @@ class TritonPythonModel:
             self._requests.count("refused", "failed")
             failure(error)
         else:
-            self._requests.count(*outcome(texts))
+            self._requests.count(*texts[0].order.mark.outcome)
 
     def _response(self, texts: "Sequence[Text]") -> Any:
         broken = [str(text.error) for text in texts if text.error is not None]

@@ -78,8 +78,7 @@ def arguments(extra: Mapping[str, object] | None, *, check: bool) -> dict[str, o
     given = dict(extra or {})
     if _TENANT in given:
         ring = keyring()
-        known_by_token = ring is not None and any(t.tokens_sha256 for t in ring.tenants.values())
-        if check and known_by_token:
+        if check and ring is not None and ring.knows_tokens:
             given[_TENANT] = _open(given[_TENANT])
         elif isinstance(given[_TENANT], str):
             given[_TENANT] = str(given[_TENANT]).partition(_SEALED)[0]
@@ -144,10 +143,8 @@ def _admit(params: Any) -> Mark | Unmarked:
     except RequestRefused as error:
         count("refused", error.reason)
         raise
-    if isinstance(decided, Mark):
-        count("marked", decided.scheme.name)
-    elif keyring() is not None:
-        count("unmarked", decided.reason)
+    if ring is not None:
+        count(*decided.outcome)
     return decided
 
 
