@@ -17,6 +17,14 @@
     ├── KeyringError           a server's keyring cannot be read or contradicts itself
     ├── RequestRefused         a request to a server cannot be marked as it asks, or must be
     ├── NotReady               marks made here are not the ones everybody else makes
+    ├── KmsError               a key management system refuses, or answers nonsense
+    │   └── KmsUnavailable     it does not answer at all; trying again later may help
+    ├── StoreError             a database cannot be used: another schema, read-only, no room
+    ├── StateError             a key, job or approval is not in a state that allows this
+    ├── NotFound               there is no such tenant, key, job or token here
+    ├── AlreadyExists          this name or number is taken
+    ├── AuditError             a log, checkpoint or proof does not verify
+    ├── ReceiptError           a receipt does not verify
     └── MissingDependency      an optional package is needed for this call
 
 Catch FiligraneError for all of them; each also derives from the built-in error it refines. An
@@ -98,6 +106,38 @@ class RequestRefused(FiligraneError, ValueError):
 
 class NotReady(FiligraneError, RuntimeError):
     """Known answers do not come out on this machine, or an engine would leave text unmarked."""
+
+
+class KmsError(FiligraneError, OSError):
+    """A key management system refused a request or answered something unusable."""
+
+
+class KmsUnavailable(KmsError):
+    """A key management system does not answer; nothing was changed, try again later."""
+
+
+class StoreError(FiligraneError, OSError):
+    """A database cannot be used as it is; nothing was changed."""
+
+
+class StateError(FiligraneError, ValueError):
+    """What is asked for is not allowed in the present state; nothing was changed."""
+
+
+class NotFound(FiligraneError, LookupError):
+    """There is no such thing, or none that the caller may see."""
+
+
+class AlreadyExists(FiligraneError, ValueError):
+    """A name or an id is taken; nothing was changed."""
+
+
+class AuditError(FiligraneError, ValueError):
+    """A log was altered, cut or reordered, or a checkpoint or proof does not belong to it."""
+
+
+class ReceiptError(FiligraneError, ValueError):
+    """A receipt is forged, damaged, or belongs to another text or service."""
 
 
 class MissingDependency(FiligraneError, ImportError):

@@ -218,6 +218,17 @@ class Key(MarkingKey):
             raise KeyFormatError(parsed)
         return cls.__build(*parsed)
 
+    @classmethod
+    def _of_secret(cls, name: str, slots: int, secret: _Secret[bytes]) -> Self:
+        """A key derived elsewhere in filigrane (`filigrane.custody.hierarchy`); name is checked."""
+        if not _NAME.fullmatch(name) or not 1 <= slots <= MAX_SLOTS:
+            raise KeyFormatError(f"{name!r} with {slots} slots cannot be a key; use {_NAME_RULE}")
+        return cls.__build(name, slots, secret)
+
+    def _expand(self, info: bytes) -> _Secret[bytes]:
+        """32 bytes of HKDF-Expand(secret, info), for derivations that SPEC.md names."""
+        return _expand(self.__secret, info, 32)
+
     def export_text(self) -> str:
         """The key as one line of text, secret included: whoever reads it can mark and forge."""
         tail = _checksum(self.__name, self.__slots, self.__secret)
