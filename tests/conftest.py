@@ -15,6 +15,9 @@ HERE = Path(__file__).parent
 SLOW = {
     HERE / "adapters",
     HERE / "cli",
+    HERE / "kms",
+    HERE / "service",
+    HERE / "store",
     HERE / "study",
     HERE / "test_bench.py",
     HERE / "test_models.py",
