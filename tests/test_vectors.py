@@ -87,7 +87,7 @@ def changed(value):
     return value[:at] + ("1" if value[at] == "0" else "0") + value[at + 1 :]
 
 
-@pytest.mark.parametrize("name", ["keys", "prf", "contexts"])
+@pytest.mark.parametrize("name", ["keys", "custody", "prf", "contexts"])
 def test_any_changed_digit_is_seen(name, tmp_path):
     content = load(name)
     paths = list(leaves(content))

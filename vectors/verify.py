@@ -120,6 +120,42 @@ def derive(
     }
 
 
+# --- keys of a provider ------------------------------------------------------------------------
+
+
+def version_case(case: dict[str, Any]) -> dict[str, Any]:
+    """A case of custody.json, `versions`."""
+    root = bytes.fromhex(case["root"])
+    tenant = hmac.new(root, b"filigrane/v1/tenant" + lp(case["tenant"].encode()), "sha256").digest()
+    info = b"filigrane/v1/tenant-key"
+    for field_name in ("name", "model", "tokenizer", "mark"):
+        info += lp(case[field_name].encode())
+    info += case["version"].to_bytes(4, "big") + bytes.fromhex(case["salt"])
+    secret = expand(tenant, info)
+    return {
+        "tenant_secret": tenant.hex(),
+        "secret": secret.hex(),
+        "id": "{tenant}.{name}@{version}".format_map(case),
+        "commitment": expand(secret, b"filigrane/v1/commitment").hex(),
+        "fingerprint": expand(secret, b"filigrane/v1/check", 8).hex(),
+    }
+
+
+def imported_case(case: dict[str, Any]) -> dict[str, Any]:
+    """A case of custody.json, `imported`."""
+    key = lp(case["key"].encode())
+    data = b"filigrane/v1/imported-commitment" + bytes.fromhex(case["opening"]) + key
+    return {"commitment": hashlib.sha256(data).hexdigest()}
+
+
+def content_case(case: dict[str, Any]) -> dict[str, Any]:
+    """A case of custody.json, `content`."""
+    key = expand(bytes.fromhex(case["tenant_secret"]), b"filigrane/v1/content")
+    return {
+        "content_hash": hmac.new(key, bytes.fromhex(case["content_sha256"]), "sha256").hexdigest()
+    }
+
+
 # --- the PRF ---------------------------------------------------------------------------------
 
 
@@ -751,6 +787,7 @@ def stats_value(section: str, row: dict[str, Any]) -> Decimal | list[Decimal] | 
 CASES: dict[str, dict[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
     "prf": {"chacha": chacha_case, "block": block_case, "field": field_case},
     "contexts": {"cases": contexts_case},
+    "custody": {"versions": version_case, "imported": imported_case, "content": content_case},
     "schemes": {
         "detect": detect_case,
         "trace": trace_case,
