@@ -10,6 +10,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -689,6 +690,41 @@ def test_load_refuses_files_that_others_can_use(tmp_path, mode):
     for fine in (0o600, 0o400, 0o700):
         path.chmod(fine)
         assert Key.load(path) == key_of()
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="needs to be two users")
+def test_files_that_an_orchestrator_mounts_can_be_read():
+    """Owned by root, readable by the group of a process that is not root (mode 0440)."""
+    nobody = 65534
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        path = os.path.join(folder, "a.key")
+        os.chmod(folder, 0o755)
+        key_of().save(path)
+
+        def loads() -> bool:
+            child = os.fork()
+            if child == 0:
+                status = 2
+                try:
+                    os.setgroups([])
+                    os.setgid(nobody)
+                    os.setuid(nobody)
+                    status = 0 if Key.load(path) == key_of() else 2
+                except KeyFormatError:
+                    status = 1
+                finally:
+                    os._exit(status)
+            return {0: True, 1: False}[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])]
+
+        os.chown(path, 0, nobody)
+        for mode, fine in [(0o440, True), (0o640, True), (0o460, False), (0o444, False)]:
+            os.chmod(path, mode)
+            assert loads() == fine, oct(mode)
+        os.chown(path, nobody, nobody)  # its own file: then a group is others
+        os.chmod(path, 0o440)
+        assert not loads()
+        os.chmod(path, 0o400)
+        assert loads()
 
 
 @POSIX

@@ -661,7 +661,7 @@ def _read_file(path: str | os.PathLike[str]) -> _Secret[str] | str:
             return "this is a directory; give the path of a key file"
         if not (stat.S_ISREG(about.st_mode) or stat.S_ISFIFO(about.st_mode)):
             return "this is a device, not a file; give the path of a key file"
-        if os.name == "posix" and about.st_mode & 0o077:
+        if os.name == "posix" and _open_to_others(about):
             return (
                 f"others may use this file (mode {stat.S_IMODE(about.st_mode):04o}); make it "
                 f"yours alone with: chmod 600 {os.fsdecode(path)}; "
@@ -683,6 +683,18 @@ def _read_file(path: str | os.PathLike[str]) -> _Secret[str] | str:
     if text is None or "\0" in text.reveal():
         return "this is not a text file (UTF-8); give the path of a file that save wrote"
     return text
+
+
+def _open_to_others(about: os.stat_result) -> bool:
+    """Whether anyone but the owner may use a file.
+
+    Orchestrators mount secrets as files of root that the process's group may read (mode 0440): to
+    read those is what the group is for. A group never counts as oneself otherwise.
+    """
+    if about.st_mode & 0o037:
+        return True
+    mounted = about.st_uid == 0 and os.geteuid() != 0
+    return bool(about.st_mode & 0o040) and not mounted
 
 
 def _write_file(path: str | os.PathLike[str], text: _Secret[str]) -> str | None:
