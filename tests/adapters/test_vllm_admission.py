@@ -13,7 +13,7 @@ import pytest
 import vllmkit
 from filigrane.adapters.vllm import admission, launch
 from filigrane.adapters.vllm.tenants import MAX_BODY, Tenants
-from filigrane.errors import KeyringError, RequestRefused
+from filigrane.errors import RequestRefused
 from filigrane.keys import Key
 from filigrane.serving import Keyring, Mark, Unmarked
 from filigrane.serving.keyring import ENVIRONMENT
@@ -25,17 +25,24 @@ def params(**changed: Any) -> SimpleNamespace:
     return SimpleNamespace(**usual | {"detokenize": True, "extra_args": None} | changed)
 
 
+def forget() -> None:
+    """As in a process that has just been started."""
+    admission.live.cache_clear()
+    admission.live_engine.cache_clear()
+
+
 @pytest.fixture
 def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A keyring of two tenants with tokens, and a run that an engine has said it marks."""
     vllmkit.keyring(tmp_path, 'schemes = ["gumbel", "greenlist"]\n', ["anna", "berta"])
     monkeypatch.setenv(ENVIRONMENT, str(tmp_path))
     monkeypatch.setenv(launch.RUN, str(tmp_path / "run"))
-    admission.keyring.cache_clear()
+    forget()
     launch.prepare()
     launch.Sign("distribution")
+    launch.publish(Keyring.load(tmp_path))
     yield tmp_path
-    admission.keyring.cache_clear()
+    forget()
 
 
 def test_a_run_says_what_it_marks(started: Path) -> None:
@@ -48,18 +55,105 @@ def test_a_run_says_what_it_marks(started: Path) -> None:
     assert run is not None and run.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_keyring_that_changes_while_a_server_runs(started: Path) -> None:
-    assert admission.keyring() is not None
-    text = (started / "keyring.toml").read_text()
-    (started / "keyring.toml").write_text(text + "\n")  # nothing that counts
-    launch.same_keyring(Keyring.load(started))
-    (started / "keyring.toml").write_text('policy = "enforce"\n' + text)
-    with pytest.raises(KeyringError, match="has changed since"):
-        launch.same_keyring(Keyring.load(started))
-    with pytest.raises(KeyringError, match="has changed since"):
-        launch.prepare()
-    (started / "keyring.toml").write_text(text)
-    launch.same_keyring(Keyring.load(started))
+def look() -> None:
+    """What a second does."""
+    for keys in (admission.live(), admission.live_engine()):
+        assert keys is not None
+        keys.look()
+
+
+def edit(folder: Path, old: str, new: str) -> None:
+    text = (folder / "keyring.toml").read_text()
+    assert old in text
+    (folder / "keyring.toml").write_text(text.replace(old, new))
+
+
+def test_a_rotation_while_a_server_runs(started: Path) -> None:
+    """Staged, known to the engine, promoted: no restart, and what was admitted ends as it began."""
+    Key.generate("next").save(started / "next.key")
+    edit(
+        started, "[tenants.anna]", '[keys.next]\ntenant = "anna"\nstate = "staged"\n[tenants.anna]'
+    )
+    before = params(extra_args={"filigrane_tenant": admission.seal("anna")})
+    look()
+    first = admission.admit(before)
+    assert isinstance(first, Mark) and first.key_id == "key-anna"
+    staged = {"filigrane_tenant": admission.seal("anna"), "filigrane_key": "next"}
+    with pytest.raises(RequestRefused) as caught:
+        admission.admit(params(extra_args=staged))
+    assert caught.value.reason == "staged_key"
+
+    edit(started, 'state = "staged"', 'state = "active"')
+    edit(started, "[keys.key-anna]\n", '[keys.key-anna]\nstate = "retired"\n')
+    edit(started, 'default = "key-anna"', 'default = "next"')
+    look()
+    after = params(extra_args={"filigrane_tenant": admission.seal("anna")})
+    second = admission.admit(after)
+    assert isinstance(second, Mark) and second.key_id == "next"
+    # The first request reaches the engine only now, or comes back after it was preempted.
+    assert admission.admitted(before) == first and admission.admitted(after) == second
+    edit(started, '[keys.key-anna]\nstate = "retired"\ntenant = "anna"\n', "")
+    (started / "key-anna.key").unlink()
+    look()
+    assert admission.admitted(before) == first
+
+
+def test_nothing_is_admitted_before_the_engine_has_read_its_key(started: Path) -> None:
+    Key.generate("late").save(started / "late.key")
+    edit(started, "[tenants.anna]", '[keys.late]\ntenant = "anna"\n[tenants.anna]')
+    keys = admission.live()
+    assert keys is not None and "late" in keys.look().entries
+    late = {"filigrane_tenant": admission.seal("anna"), "filigrane_key": "late/3"}
+    with pytest.raises(RequestRefused, match="has not read key late yet") as caught:
+        admission.admit(params(extra_args=late))
+    assert caught.value.reason == "engine"
+    other = Keyring.load(started)
+    launch.publish(other)
+    assert isinstance(admission.admit(params(extra_args=late)), Mark)
+    # An engine elsewhere, with another secret of the same name.
+    (started / "late.key").unlink()
+    Key.generate("late").save(started / "late.key")
+    launch.publish(Keyring.load(started))
+    with pytest.raises(RequestRefused, match="another keyring"):
+        admission.admit(params(extra_args=late))
+
+
+def test_what_was_decided_cannot_be_forged(started: Path) -> None:
+    one = params(extra_args={"filigrane_tenant": admission.seal("anna")})
+    admission.admit(one)
+    pin = one.extra_args[admission.ADMITTED]
+    again = params(extra_args=dict(one.extra_args))  # the same request, checked once more
+    assert isinstance(admission.admit(again), Mark)
+    for forged in ("unmarked~opted_out~", pin[:-1] + ("0" if pin[-1] != "0" else "1"), "", 7):
+        with pytest.raises(RequestRefused, match="the server's own"):
+            admission.admit(params(extra_args={**one.extra_args, admission.ADMITTED: forged}))
+    opted = params(
+        extra_args={"filigrane_tenant": admission.seal("anna"), "filigrane_mark": "false"}
+    )
+    admission.admit(opted)
+    edit(started, "schemes =", 'policy = "enforce"\nschemes =')
+    look()
+    assert admission.admitted(opted) == Unmarked(reason="opted_out")
+    assert not any(secret in repr(one.extra_args) for secret in secrets_of(started))
+
+
+def secrets_of(folder: Path) -> list[str]:
+    found = vllmkit.secrets_of({path.stem: Key.load(path) for path in folder.glob("*.key")})
+    assert len(found) == 6
+    return found
+
+
+def test_an_expired_key_is_refused(started: Path) -> None:
+    edit(started, "[keys.key-anna]\n", "[keys.key-anna]\nexpires = 2026-01-01T00:00:00Z\n")
+    look()
+    for name in ("anna", "berta"):
+        asked = params(extra_args={"filigrane_tenant": admission.seal(name)})
+        if name == "berta":
+            assert isinstance(admission.admit(asked), Mark)
+            continue
+        with pytest.raises(RequestRefused) as caught:
+            admission.admit(asked)
+        assert caught.value.reason == "lease_expired"
 
 
 def test_only_the_middleware_can_say_who_asks(started: Path) -> None:
@@ -127,8 +221,7 @@ def test_beams_are_recognised_by_their_steps(
         step = params(max_tokens=1, logprobs=4, detokenize=False)
         text = (started / "keyring.toml").read_text()
         (started / "keyring.toml").write_text(f'policy = "{policy}"\n' + text)
-        admission.keyring.cache_clear()
-        monkeypatch.setattr(launch, "same_keyring", lambda ring: None)
+        forget()
         monkeypatch.setattr(admission, "vetted", False)
         with pytest.raises(RequestRefused) as caught:
             admission.admit(step)
@@ -150,13 +243,13 @@ def test_beams_are_recognised_by_their_steps(
 def test_without_a_keyring_it_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ENVIRONMENT, raising=False)
     monkeypatch.delenv(launch.RUN, raising=False)
-    admission.keyring.cache_clear()
+    forget()
     launch.prepare()
     assert launch.RUN not in os.environ
     assert admission.admit(params()) == Unmarked(reason="not_asked")
     with pytest.raises(RequestRefused, match="no keyring"):
         admission.admit(params(extra_args={"filigrane_mark": True}))
-    admission.keyring.cache_clear()
+    forget()
 
 
 # ---------------------------------------------------------------- the middleware

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -249,6 +250,74 @@ def test_malformed_bodies(shared: Running) -> None:
             timeout=60,
         )
         assert 400 <= answer.status_code < 500, (body[:40], answer.status_code, answer.text[:200])
+
+
+def test_a_rotation_without_a_restart(shared: Running) -> None:
+    """Staged, promoted in the middle of a text, expired: the server goes on with what counts."""
+    path = shared.log.parent / "keyring.toml"
+    before = path.read_text()
+    new = Key.generate("dora-2", slots=4)
+    new.save(path.with_name("dora-2.key"))
+
+    def write(text: str) -> None:
+        path.with_name("next").write_text(text)
+        path.with_name("next").replace(path)
+        time.sleep(2.5)
+
+    staged = before + '\n[keys.dora-2]\ntenant = "dora"\nstate = "staged"\n'
+    try:
+        write(staged)
+        with pytest.raises(BadRequestError, match="is staged"):
+            shared.write("dora", filigrane_key="dora-2")
+        assert log10_p(ids(shared.write("dora", 1)), shared.keys["dora"], "gumbel") < -6
+        promoted = staged.replace('state = "staged"\n', "")
+        promoted = promoted.replace('default = "key-dora"', 'default = "dora-2"')
+        promoted = promoted.replace("[keys.key-dora]", '[keys.key-dora]\nstate = "retired"')
+        tokens: list[int] = []
+        with shared.client("dora") as client:
+            parts = client.completions.create(
+                model="smollm2",
+                prompt=PROMPT.format("x"),
+                max_tokens=300,
+                temperature=1.0,
+                stream=True,
+                extra_body={"return_token_ids": True, "ignore_eos": True},
+            )
+            for part in parts:
+                if not tokens:
+                    path.with_name("next").write_text(promoted)
+                    path.with_name("next").replace(path)
+                tokens += getattr(part.choices[0], "token_ids", None) or []
+        # To its last token with the key that it began with.
+        assert len(tokens) == 300
+        assert log10_p(tokens[150:], shared.keys["dora"], "gumbel") < -6
+        assert log10_p(tokens, new, "gumbel") > -6
+        time.sleep(2.5)
+        with shared.client("dora") as client:
+            answer = client.completions.with_raw_response.create(
+                model="smollm2",
+                prompt=PROMPT.format("y"),
+                max_tokens=100,
+                temperature=1.0,
+                extra_body={"return_token_ids": True, "ignore_eos": True},
+            )
+        assert answer.headers["filigrane-key"] == "dora-2"
+        found = ids(answer.parse())
+        assert log10_p(found, new, "gumbel") < -6
+        assert log10_p(found, shared.keys["dora"], "gumbel") > -6
+        with pytest.raises(BadRequestError, match="is retired"):
+            shared.write("dora", filigrane_key="key-dora")
+        write(promoted.replace("[keys.dora-2]", "[keys.dora-2]\nexpires = 2026-01-01T00:00:00Z"))
+        with pytest.raises(BadRequestError, match="time for which this server has key dora-2"):
+            shared.write("dora")
+        assert log10_p(ids(shared.write("anna", 2)), shared.keys["anna"], "gumbel") < -6
+        # Nonsense changes nothing.
+        write("[keys.gone]\n")
+        assert log10_p(ids(shared.write("anna", 3)), shared.keys["anna"], "gumbel") < -6
+        assert new.export_text().rpartition(":")[2] not in shared.log.read_text(errors="replace")
+    finally:
+        write(before)
+    assert log10_p(ids(shared.write("dora", 4)), shared.keys["dora"], "gumbel") < -6
 
 
 def test_an_engine_that_dies_while_it_streams(model: str, tmp_path: Path) -> None:

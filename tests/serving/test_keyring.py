@@ -9,7 +9,8 @@ import pytest
 
 from filigrane.errors import FiligraneError, KeyringError
 from filigrane.keys import Key
-from filigrane.serving.keyring import ENVIRONMENT, Keyring, require_keyring
+from filigrane.serving.keyring import ENVIRONMENT, Keyring
+from filigrane.serving.live import require_live
 
 GOOD = """
 policy = "enforce"
@@ -120,9 +121,9 @@ def test_the_environment_names_it(folder: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv(ENVIRONMENT, raising=False)
     assert Keyring.from_environment() is None
     with pytest.raises(FiligraneError, match=ENVIRONMENT):
-        require_keyring()
+        require_live()
     monkeypatch.setenv(ENVIRONMENT, os.fspath(folder))
-    assert require_keyring().default == "common"
+    assert require_live().now().default == "common"
     monkeypatch.setenv(ENVIRONMENT, os.fspath(folder / "nowhere"))
     with pytest.raises(KeyringError, match="does not exist"):
         Keyring.from_environment()

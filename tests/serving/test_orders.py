@@ -11,7 +11,7 @@ from filigrane.errors import RequestRefused
 from filigrane.keys import Key
 from filigrane.schemes import GreenList, Gumbel
 from filigrane.serving import Decoding, Keyring, Mark, Unmarked, decide
-from filigrane.serving.keyring import Entry, Policy, Tenant
+from filigrane.serving.keyring import Entry, Policy, State, Tenant
 from filigrane.serving.orders import ARGUMENTS, REASONS
 
 KEYS = {name: Key.generate(name) for name in ("shared", "ours", "theirs", "old")}
@@ -19,8 +19,8 @@ SCHEMES = (Gumbel(), GreenList())
 
 
 def ring(policy: Policy = "default", default: str | None = "shared") -> Keyring:
-    def entry(name: str, tenant: str | None, active: bool = True) -> Entry:
-        return Entry(id=name, key=KEYS[name], tenant=tenant, active=active, schemes=SCHEMES)
+    def entry(name: str, tenant: str | None, state: State = "active") -> Entry:
+        return Entry(id=name, key=KEYS[name], tenant=tenant, state=state, schemes=SCHEMES)
 
     return Keyring(
         policy=policy,
@@ -29,7 +29,7 @@ def ring(policy: Policy = "default", default: str | None = "shared") -> Keyring:
             "shared": entry("shared", None),
             "ours": entry("ours", "us"),
             "theirs": entry("theirs", "them"),
-            "old": entry("old", "us", active=False),
+            "old": entry("old", "us", "retired"),
         },
         tenants={
             "us": Tenant(name="us", default="ours", tokens_sha256=()),
@@ -104,7 +104,9 @@ def test_other_refusals() -> None:
     assert len(refused("malformed", ring(), {"filigrane_" + "x" * 10**6: 1})) < 400
     refused("malformed", ring(), {"filigrane_key": "s" * 10**6})
     assert marked(ring(), {"filigrane_scheme": "greenlist"}).scheme == GreenList()
-    own = Entry(id="k", key=KEYS["old"], tenant=None, active=True, schemes=(GreenList(delta=3.0),))
+    own = Entry(
+        id="k", key=KEYS["old"], tenant=None, state="active", schemes=(GreenList(delta=3.0),)
+    )
     only = Keyring(policy="default", default="k", entries={"k": own}, tenants={})
     assert marked(only, {"filigrane_scheme": "greenlist"}).scheme == GreenList(delta=3.0)
     refused("scheme", only, {"filigrane_scheme": "greenlist:delta=2"})

@@ -3,7 +3,8 @@
     identify    whose request it is, by its bearer token where the keyring has such
     admit       the settings of a request -> Admitted: how it is drawn, and marked with what
 
-Knows nothing of sockets. (vLLM has its own admission, in its own names.)
+A request keeps to the keyring that it was admitted with, `current` when it came, whatever becomes
+of the folder meanwhile. Knows nothing of sockets. (vLLM has its own admission, in its own names.)
 """
 
 from collections.abc import Mapping

@@ -34,6 +34,11 @@ COMMANDS: Final = {
     "sampling.",
     "radioactivity": "Find out whether another model was trained on marked text.",
     "engine": "Mark text in engines that serve models: their keyring, servers, probes.",
+    "serve": "Run the detection service: keys, detection, tracing, receipts and jobs over HTTP.",
+    "keys": "Create, rotate, promote, retire and destroy the keys of a service's tenants.",
+    "access": "Say who may use a service: tenants, tokens, engines, approvals.",
+    "audit": "Export the log of a tenant's keys, and verify it offline.",
+    "receipt": "Verify signed receipts of a detection, offline.",
     "bench": "Measure speed beside what others do, and strength against speed, on this machine.",
 }
 """What the list of commands says of each, in its order. Kept here so that the list needs none of

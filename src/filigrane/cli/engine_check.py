@@ -22,6 +22,7 @@ def check(
     Exit codes: 0 ready, 2 not.
     """
     from filigrane.serving import Keyring, known_answers
+    from filigrane.serving.orders import now
 
     ring = Keyring.load(folder)
     answers = known_answers(ring.schemes)
@@ -31,7 +32,8 @@ def check(
                 "id": entry.id,
                 "fingerprint": entry.key.fingerprint,
                 "tenant": entry.tenant,
-                "state": "active" if entry.active else "retired",
+                "state": entry.state,
+                "expires": entry.expires.isoformat() if entry.expires else None,
                 "schemes": [scheme.tag for scheme in entry.schemes],
             }
             for entry in ring.entries.values()
@@ -47,7 +49,7 @@ def check(
     grid = render.table("key", "fingerprint", "tenant", "state", "scheme")
     for entry in ring.entries.values():
         more = f" and {len(entry.schemes) - 1} more" if len(entry.schemes) > 1 else ""
-        state = "active" if entry.active else "retired"
+        state = "expired" if entry.active and entry.expired(now()) else entry.state
         scheme = f"{entry.schemes[0].name}{more}"
         grid.add_row(entry.id, entry.key.fingerprint, entry.tenant or "all", state, scheme)
     out.print(grid)

@@ -3,12 +3,15 @@
 import logging
 import socket
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from filigrane.cli import render
 from filigrane.errors import FiligraneError
+
+if TYPE_CHECKING:
+    from filigrane.serving import Keyring
 
 _KEYS = "Keys"
 _LIMITS = "Limits"
@@ -85,16 +88,23 @@ def serve(
     """Serve one model in OpenAI's protocol, and mark what it writes.
 
     POST /v1/completions and /v1/chat/completions, GET /v1/models, /health and /metrics. Marks are
-    made with the keys of a keyring, by its policy; requests name keys by id and never hold them.
+    made with the keys of a keyring, by its policy; requests name keys by id and never hold them. A
+    keyring that changes counts for the requests that come after, without a restart.
 
     Exit codes: 2 not started; then that of the signal that ended it.
     """
     from filigrane.adapters.models import load
     from filigrane.adapters.openai_server import Limits, application
     from filigrane.adapters.openai_server import serve as run
-    from filigrane.serving import Keyring
+    from filigrane.serving import LiveKeyring, known_answers
 
-    keys = Keyring.load(keyring) if keyring is not None else Keyring.from_environment()
+    def accept(ring: "Keyring") -> None:
+        known_answers(ring.schemes)
+
+    if keyring is not None:
+        keys: LiveKeyring | None = LiveKeyring(keyring, accept=accept)
+    else:
+        keys = LiveKeyring.from_environment(accept=accept)
     if keys is None:
         render.warn("no keyring: text is not marked. Name one with --keyring DIR.")
     _require_free(host, port)

@@ -136,8 +136,8 @@ def over_keys(keys, ids, positions, width, kind, threshold, table, out):
 
 
 @njit(nogil=True, cache=True)
-def over_positions(key_words, ids, positions, width, kind, threshold, table):
-    """Statistic of one text under one key: key_words (8,) uint32, the rest as in `over_keys`."""
+def _walk(key_words, ids, positions, width, kind, threshold, table, out):
+    """The sum of all scores if out is empty; else each score into out, and zero."""
     n = positions.shape[0]
     chunks = (width + 3) // 4
     fixed = np.empty(8 * LANES, np.uint32)
@@ -174,10 +174,28 @@ def over_positions(key_words, ids, positions, width, kind, threshold, table):
                 key[:] = words
         number_lanes(key, inputs, tokens, numbers, coins, lanes)
         _add(kind, threshold, planes, numbers, coins, totals, counts, products, lanes)
-        if turn % _ROUNDS == _ROUNDS - 1:
+        if out.shape[0] > 0:
+            _drain(kind, totals, counts, products, lanes)
+            for j in range(lanes):
+                out[start + j] = totals[j]
+                totals[j] = 0.0
+        elif turn % _ROUNDS == _ROUNDS - 1:
             _drain(kind, totals, counts, products, LANES)
     _drain(kind, totals, counts, products, LANES)
     total = 0.0
     for j in range(LANES):
         total += totals[j]
     return total
+
+
+@njit(nogil=True, cache=True)
+def over_positions(key_words, ids, positions, width, kind, threshold, table):
+    """Statistic of one text under one key: key_words (8,) uint32, the rest as in `over_keys`."""
+    none = np.empty(0, np.float64)
+    return _walk(key_words, ids, positions, width, kind, threshold, table, none)
+
+
+@njit(nogil=True, cache=True)
+def each_position(key_words, ids, positions, width, kind, threshold, table, out):
+    """What `over_positions` adds up, one score per position: out (n_scored,) float64."""
+    _walk(key_words, ids, positions, width, kind, threshold, table, out)

@@ -4,7 +4,7 @@ Requests say what they want in four arguments (in vLLM's `vllm_xargs`, in a serv
 them secret:
 
     filigrane_key     id of a key of the server's keyring, "acme-2026", or of one of its users,
-                      "acme-2026/17"
+                      "acme-2026/17"; "acme.chat" is the active one of "acme.chat@1", "acme.chat@2"
     filigrane_scheme  a scheme's tag, one of those that the keyring allows for that key
     filigrane_mark    false opts out, true asks for the mark
     filigrane_tenant  on whose behalf; to be set by whoever authenticates (a gateway, or
@@ -13,8 +13,10 @@ them secret:
 Knows nothing of engines: they hand over the arguments and how the text is going to be decoded.
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from filigrane.embedding import Sampling, refuse_unmarkable
@@ -44,6 +46,8 @@ REASONS: Final = {
     "unknown_tenant": "the tenant is not one of the keyring's",
     "unknown_key": "no such key, or another tenant's",
     "retired_key": "the key marks no more",
+    "staged_key": "the key marks not yet",
+    "lease_expired": "the time for which this server has the key is over",
     "no_key": "the request names no key and there is no default",
     "scheme": "the keyring does not allow the scheme with this key",
     "opt_out": "the server marks everything",
@@ -53,6 +57,20 @@ REASONS: Final = {
     "engine": "this engine, as started, cannot carry the mark",
 }
 """Why requests are refused: code (a label of the counter) -> what it means."""
+UNMARKED: Final = {
+    "opted_out": "the request says so, and the policy lets it",
+    "not_asked": "the policy marks what asks for it, and the request does not",
+    "beams": "beam search, and the policy lets text go unmarked",
+    "lease_expired": "the key's time is over, and the keyring says to go on without it",
+}
+"""Why requests are served without a mark."""
+_STARTED: Final = (datetime.now(UTC), time.monotonic())
+
+
+def now() -> datetime:
+    """The time, by which leases expire; setting the clock back does not turn it back."""
+    wall, monotonic = _STARTED
+    return max(datetime.now(UTC), wall + timedelta(seconds=time.monotonic() - monotonic))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +100,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unmarked:
-    """A request that is not to be marked. reason: "opted_out" or "not_asked"."""
+    """A request that is not to be marked. reason: of UNMARKED."""
 
     reason: str
 
@@ -93,13 +111,18 @@ class Unmarked:
 
 
 def decide(
-    keyring: Keyring | None, arguments: Mapping[str, object] | None, decoding: Decoding
+    keyring: Keyring | None,
+    arguments: Mapping[str, object] | None,
+    decoding: Decoding,
+    *,
+    at: datetime | None = None,
 ) -> Mark | Unmarked:
     """What becomes of one request.
 
     arguments: the request's, of which those that begin with "filigrane_" are read; keyring: None if
-    the server has none, which serves requests that ask for nothing. Raises RequestRefused, whose
-    `reason` is one of REASONS; never returns Unmarked where a mark was asked for or is enforced.
+    the server has none, which serves requests that ask for nothing; at: the moment, `now()` by
+    default. Raises RequestRefused, whose `reason` is one of REASONS; never returns Unmarked where a
+    mark was asked for or is enforced.
     """
     given = _given(arguments)
     if keyring is None:
@@ -119,6 +142,14 @@ def decide(
     if keyring.policy == "opt-in" and not asked:
         return Unmarked(reason="not_asked")
     entry, key, key_id = _key(keyring, tenant, given)
+    if entry.expired(at or now()):
+        if keyring.expired == "unmarked" and not asked:
+            return Unmarked(reason="lease_expired")
+        raise _no(
+            "lease_expired",
+            f"the time for which this server has key {entry.id} is over, and text without its mark "
+            "is not written; `filigrane engine lease` renews it.",
+        )
     scheme = _scheme(entry, given)
     _check_decoding(scheme, decoding, keyring.policy != "enforce")
     return Mark(key=key, key_id=key_id, scheme=scheme)
@@ -176,17 +207,19 @@ def _key(
         if key_id is None:
             raise _no("no_key", "name a key in filigrane_key; this server has no default.")
     root, slash, index = str(key_id).partition("/")
-    entry = keyring.entries.get(root)
+    entry = keyring.entry(root)
     # One answer for both: whether another tenant has a key of that name is none of theirs.
     if entry is None or entry.tenant not in (None, tenant):
         raise _no("unknown_key", f"no key {_short(root)} here for this tenant.")
+    if entry.state == "staged":
+        raise _no("staged_key", f"key {entry.id} is staged: it marks when it is promoted.")
     if not entry.active:
-        raise _no("retired_key", f"key {root} is retired: it detects and marks no more.")
+        raise _no("retired_key", f"key {entry.id} is retired: it detects and marks no more.")
     if not slash:
-        return entry, entry.key, root
+        return entry, entry.key, entry.id
     if not (index.isascii() and index.isdigit() and len(index) <= 20 and int(index) <= MAX_INDEX):
         raise _no("malformed", "after the slash of a key id comes a user's number, as in acme/17.")
-    return entry, entry.key.user(int(index)), f"{root}/{int(index)}"
+    return entry, entry.key.user(int(index)), f"{entry.id}/{int(index)}"
 
 
 def _scheme(entry: Entry, given: Mapping[str, object]) -> Scheme:

@@ -35,7 +35,7 @@ from filigrane.errors import (
     RequestRefused,
     UnsupportedDecoding,
 )
-from filigrane.serving.keyring import Keyring
+from filigrane.serving.live import Keys, current
 from filigrane.serving.orders import Mark
 from filigrane.serving.readiness import known_answers
 
@@ -75,15 +75,17 @@ class Limits:
 
 
 def application(
-    model: LoadedModel, keyring: Keyring | None, *, name: str, limits: Limits | None = None
+    model: LoadedModel, keys: Keys, *, name: str, limits: Limits | None = None
 ) -> Starlette:
     """The server as an ASGI application, to be run by uvicorn or another such server.
 
+    keys: a Keyring, or a LiveKeyring whose changes count for the requests that come after them;
     name: what clients call the model. Raises NotReady if marks made here would not be found.
     """
+    keyring = current(keys)
     # Before any request: a machine that computes something else must not serve.
     answers = known_answers(keyring.schemes) if keyring is not None else {}
-    server = _Server(model, keyring, name, limits or Limits())
+    server = _Server(model, keys, name, limits or Limits())
     _log.info(
         "serving %s; %s",
         name,
@@ -295,9 +297,7 @@ class _Asked:
 
 
 class _Server:
-    def __init__(
-        self, model: LoadedModel, keyring: Keyring | None, name: str, limits: Limits
-    ) -> None:
+    def __init__(self, model: LoadedModel, keys: Keys, name: str, limits: Limits) -> None:
         lm = TransformersModel(model)
         self.thread = ModelThread(lm, rows=limits.rows, waiting=limits.waiting)
         # One thread: tokenizers are not made for several.
@@ -305,7 +305,7 @@ class _Server:
         self._tokenizer = model.tokenizer
         self._stop_ids = frozenset(lm.stop_ids)
         self._vocab_size = lm.vocab_size
-        self._keyring, self._name, self._limits = keyring, name, limits
+        self._keys, self._name, self._limits = keys, name, limits
         own = getattr(model.model.config, "max_position_embeddings", None)
         sizes = [size for size in (own, limits.context) if isinstance(size, int)]
         self._context = min(sizes, default=2**31)
@@ -337,7 +337,7 @@ class _Server:
     async def models(self, request: Request) -> Response:
         """The one model."""
         try:
-            identify(self._keyring, _bearer(request))
+            identify(current(self._keys), _bearer(request))
         except FiligraneError as error:
             return _refusal(error)
         own = {"id": self._name, "object": "model", "created": self._started}
@@ -373,7 +373,8 @@ class _Server:
 
     async def _take(self, request: Request, api: Api) -> _Asked:
         """From the request to texts that wait for the model. Raises FiligraneError."""
-        tenant = identify(self._keyring, _bearer(request))
+        keyring = current(self._keys)
+        tenant = identify(keyring, _bearer(request))
         wanted = parse(await _body(request, self._limits.body), api)
         if wanted.model != self._name:
             raise BadRequest(
@@ -392,7 +393,7 @@ class _Server:
         max_tokens = self._room(wanted, max(len(prompt) for prompt in prompts))
         try:
             admitted = admit(
-                self._keyring,
+                keyring,
                 wanted.arguments,
                 tenant=tenant,
                 temperature=wanted.temperature,

@@ -19,6 +19,7 @@ from filigrane.adapters.writing import Order, Text
 from filigrane.contexts import TokenIds
 from filigrane.errors import TokenError
 from filigrane.serving.keyring import Keyring
+from filigrane.serving.live import LiveKeyring, current
 from filigrane.serving.orders import Mark
 
 Tensors = Mapping[str, npt.NDArray[Any]]
@@ -30,19 +31,21 @@ _ARGUMENTS: Final = tuple(name for name in INPUTS if name.startswith("filigrane_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answering:
-    """One model and one keyring.
+    """One model and one keyring, or the keyring that a folder holds when a request comes.
 
     context: most tokens of prompt and answer together; answer: most tokens of an answer.
     """
 
     model: LoadedModel
     lm: TransformersModel
-    keyring: Keyring
+    keyring: Keyring | LiveKeyring
     context: int
     answer: int
 
     @classmethod
-    def of(cls, model: LoadedModel, keyring: Keyring, *, answer: int = 4096) -> "Answering":
+    def of(
+        cls, model: LoadedModel, keyring: Keyring | LiveKeyring, *, answer: int = 4096
+    ) -> "Answering":
         """With the model's own limits."""
         lm = TransformersModel(model)
         own = getattr(model.model.config, "max_position_embeddings", None)
@@ -61,13 +64,16 @@ class Answering:
         Raises RequestRefused with its reason, TokenError and UnsupportedDecoding for what makes no
         sense.
         """
-        tenant = identify(self.keyring, token)
+        keyring = current(self.keyring)
+        tenant = identify(keyring, token)
         rows = {tensor.shape[0] for tensor in inputs.values()}
         if len(rows) != 1:
             raise TokenError("the inputs of a request have one row for each of its texts.")
-        return [Text(self._order(inputs, row, tenant)) for row in range(rows.pop())]
+        return [Text(self._order(inputs, row, keyring, tenant)) for row in range(rows.pop())]
 
-    def _order(self, inputs: Tensors, row: int, tenant: str | None) -> Order:
+    def _order(
+        self, inputs: Tensors, row: int, keyring: Keyring | None, tenant: str | None
+    ) -> Order:
         def value(name: str, default: Any) -> Any:
             return inputs[name][row].item(0) if name in inputs else default
 
@@ -75,7 +81,7 @@ class Answering:
         max_tokens = int(value("max_tokens", _MAX_TOKENS))
         self._check_room(len(prompt), max_tokens)
         admitted: Admitted = admit(
-            self.keyring,
+            keyring,
             {name: _plain(value(name, None)) for name in _ARGUMENTS if name in inputs},
             tenant=tenant,
             temperature=float(value("temperature", 1.0)),

@@ -18,6 +18,7 @@ from filigrane.errors import FiligraneError, RequestRefused
 
 if TYPE_CHECKING:
     from filigrane.adapters.writing import Text
+    from filigrane.serving.keyring import Keyring
 
 
 class TritonPythonModel:
@@ -33,20 +34,26 @@ class TritonPythonModel:
         from filigrane.adapters.model_thread import ModelThread
         from filigrane.adapters.models import load
         from filigrane.adapters.tritonserver.answering import Answering
-        from filigrane.serving.keyring import Keyring, require_keyring
+        from filigrane.serving.live import LiveKeyring, require_live
         from filigrane.serving.readiness import known_answers
 
         config = json.loads(args["model_config"])
         written = config.get("parameters", {})
         given = {name: entry["string_value"] for name, entry in written.items()}
         folder = given.get("keyring")
-        keyring = Keyring.load(folder) if folder else require_keyring()
+
+        # Before the first request, and before a changed keyring counts.
+        def accept(ring: "Keyring") -> None:
+            known_answers(ring.schemes)
+
+        keys = LiveKeyring(folder, accept=accept) if folder else require_live(accept=accept)
+        keyring = keys.now()
         answers = known_answers(keyring.schemes)
         device = given.get("device") or "cpu"
         if args.get("model_instance_kind") == "GPU":
             device = f"cuda:{args['model_instance_device_id']}"
         model = load(given.get("model") or "smollm2", device=device)
-        self._answering = Answering.of(model, keyring, answer=int(given.get("max_answer") or 4096))
+        self._answering = Answering.of(model, keys, answer=int(given.get("max_answer") or 4096))
         # Triton's rows are those of one of its batches; several of them may be open.
         self._thread = ModelThread(self._answering.lm, rows=max(1, config["max_batch_size"]))
         self._thread.start()

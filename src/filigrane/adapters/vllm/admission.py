@@ -1,14 +1,18 @@
 """Each request, before vLLM takes it: `serving.decide`, counted, with vLLM's names.
 
 Runs in the process that talks to clients. What is refused here raises RequestRefused, a ValueError,
-which vLLM answers with HTTP 400 and the message.
+which vLLM answers with HTTP 400 and the message. What is admitted takes along what was decided, in
+the argument `filigrane_admitted` that no client can set: keys may change before an engine sees it,
+and it is written with the key that it was admitted with.
 """
 
 import hashlib
 import hmac
+import logging
 import math
 import re
 import secrets
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -16,8 +20,12 @@ from typing import Any, Final
 
 from filigrane.adapters.vllm import launch
 from filigrane.errors import RequestRefused
+from filigrane.keys import Key, UserKey
+from filigrane.schemes import from_tag
 from filigrane.serving.keyring import Keyring
+from filigrane.serving.live import LiveKeyring, current
 from filigrane.serving.orders import Decoding, Mark, Unmarked, decide
+from filigrane.serving.readiness import known_answers
 
 vetted = False
 """Whether the middleware stands before this process's requests; it says so when it is made."""
@@ -27,18 +35,46 @@ _TENANT: Final = "filigrane_tenant"
 _SEAL: Final = secrets.token_bytes(32)
 _SEALED: Final = "~"
 SEAL_SECONDS: Final = 60
+ADMITTED: Final = "filigrane_admitted"
+"""The argument in which a request takes along what was decided about it; sealed."""
+
+_log = logging.getLogger("vllm.filigrane")
 
 
 @lru_cache(maxsize=1)
-def keyring() -> Keyring | None:
-    """The server's keyring, read once in each process; None without FILIGRANE_KEYRING.
+def live() -> LiveKeyring | None:
+    """The server's folder of keys in this process; None without FILIGRANE_KEYRING."""
+    return LiveKeyring.from_environment()
 
-    Raises KeyringError if it is not the one that the server was started with.
+
+def keyring() -> Keyring | None:
+    """The server's keyring as it is now; None without FILIGRANE_KEYRING."""
+    return current(live())
+
+
+@lru_cache(maxsize=1)
+def live_engine() -> LiveKeyring | None:
+    """The same in a process that runs the model, where a thread looks after it.
+
+    A keyring counts, and is told to the processes that talk to clients, when the known answers of
+    its schemes have come out here. Raises NotReady if those of the first do not.
     """
-    ring = Keyring.from_environment()
-    if ring is not None:
-        launch.same_keyring(ring)
-    return ring
+
+    def accept(ring: Keyring) -> None:
+        known_answers(ring.schemes)
+        launch.publish(ring)
+
+    keys = LiveKeyring.from_environment(accept=accept)
+    if keys is not None:
+        # Not only when a request comes: none does for a key that the engine has not read.
+        threading.Thread(target=_look_after, args=(keys,), name="filigrane", daemon=True).start()
+    return keys
+
+
+def _look_after(keys: LiveKeyring) -> None:
+    while True:
+        time.sleep(1.0)
+        keys.now()
 
 
 def seal(tenant: str) -> str:
@@ -88,36 +124,95 @@ def arguments(extra: Mapping[str, object] | None, *, check: bool) -> dict[str, o
 def admitted(params: Any) -> Mark | Unmarked:
     """What has been decided about a request that was admitted; for the engine.
 
-    How it is decoded was checked then. It is not checked again: vLLM fills in limits afterwards,
-    and an error in an engine would end it for everybody.
+    It is not decided again: vLLM fills in limits afterwards, keys change, and an error in an engine
+    would end it for everybody.
     """
-    return decide(keyring(), arguments(params.extra_args, check=False), Decoding())
+    pin = (params.extra_args or {}).get(ADMITTED)
+    keys = live_engine()
+    if not isinstance(pin, str) or keys is None:
+        return decide(current(keys), arguments(params.extra_args, check=False), Decoding())
+    what, *facts = pin.split(_SEALED)[:-1]
+    if what == "unmarked":
+        return Unmarked(reason=facts[0])
+    key_id, fingerprint, tag = facts
+    root, _, user = key_id.partition("/")
+    entry = keys.known(root, fingerprint)
+    if entry is None:
+        # It was published as read, or the request would not be here.
+        _log.error("filigrane: key %s has been lost; a text of it is unmarked.", root)
+        return Unmarked(reason="engine")
+    key = entry.key.user(int(user)) if user else entry.key
+    return Mark(key=key, key_id=key_id, scheme=from_tag(tag))
 
 
 def admit(params: Any) -> Mark | Unmarked:
     """Decide about a new request and count it. Raises RequestRefused, counted too.
 
-    Asked again about the same request (vLLM does so for processors that are loaded twice), it gives
-    the same answer and counts nothing.
+    The request takes the decision along. Asked again about the same request (vLLM does so for
+    processors that are loaded twice), it gives the same answer and counts nothing.
     """
     global _last
-    extra = dict(params.extra_args or {})
-    asked = (params, extra, params.temperature, params.top_k, params.top_p, params.max_tokens)
-    if _last is not None and _last[0][0] is params and _last[0][1:] == asked[1:]:
-        return _last[1]
-    decided = _admit(params)
-    _last = (asked, decided)
+    try:
+        extra = _without_pin(params.extra_args)
+    except RequestRefused as error:
+        count("refused", error.reason)
+        raise
+    ring = keyring()
+    sampling = (params.temperature, params.top_k, params.top_p, params.max_tokens)
+    asked = (params, ring, extra, sampling)
+    again = (
+        _last is not None
+        and all(one is other for one, other in zip(_last[0][:2], asked[:2], strict=True))
+        and _last[0][2:] == asked[2:]
+        and time.monotonic() - _last[2] < 1.0
+    )
+    if _last is None or not again:
+        _last = (asked, _admit(params, extra, ring), time.monotonic())
+    decided = _last[1]
+    if ring is not None:
+        # Another mapping: the caller's may be shared.
+        params.extra_args = {**extra, ADMITTED: _pin(decided)}
     return decided
 
 
-_last: tuple[tuple[Any, ...], Mark | Unmarked] | None = None
+_last: tuple[tuple[Any, ...], Mark | Unmarked, float] | None = None
 
 
-def _admit(params: Any) -> Mark | Unmarked:
+def _pin(decided: Mark | Unmarked) -> str:
+    if isinstance(decided, Mark):
+        facts = ["mark", decided.key_id, _root(decided).fingerprint, decided.scheme.tag]
+    else:
+        facts = ["unmarked", decided.reason]
+    said = _SEALED.join(facts)
+    return f"{said}{_SEALED}{_pin_mac(said)}"
+
+
+def _pin_mac(said: str) -> str:
+    return hmac.new(_SEAL, f"admitted{_SEALED}{said}".encode(), hashlib.sha256).hexdigest()
+
+
+def _without_pin(extra: Mapping[str, object] | None) -> dict[str, object]:
+    """A request's arguments without what an earlier admission of it has added."""
+    given = dict(extra or {})
+    if ADMITTED in given:
+        said, _, mac = str(given.pop(ADMITTED)).rpartition(_SEALED)
+        if not hmac.compare_digest(_pin_mac(said).encode(), mac.encode()):
+            raise RequestRefused(
+                f"filigrane: {ADMITTED} is the server's own; leave it out.", reason="malformed"
+            )
+    return given
+
+
+def _root(mark: Mark) -> Key:
+    key = mark.key.root if isinstance(mark.key, UserKey) else mark.key
+    assert isinstance(key, Key)
+    return key
+
+
+def _admit(params: Any, extra: Mapping[str, object], ring: Keyring | None) -> Mark | Unmarked:
     # vLLM searches beams by asking itself for single tokens with their alternatives, and leaves the
     # arguments of whoever asked behind. The middleware has seen those; without it nobody has.
     step = params.max_tokens == 1 and bool(params.logprobs) and not params.detokenize
-    ring = keyring()
     if step and vetted and ring is not None and ring.policy != "enforce":
         return Unmarked(reason="beams")
     try:
@@ -130,7 +225,7 @@ def _admit(params: Any) -> Mark | Unmarked:
             )
         decided = decide(
             ring,
-            arguments(params.extra_args, check=True),
+            arguments(extra, check=True),
             Decoding(
                 temperature=params.temperature,
                 top_k=max(params.top_k, 0),
@@ -155,6 +250,14 @@ def _require_engine(mark: Mark) -> None:
             "its logits processors were not loaded. vLLM leaves them out with speculative decoding "
             "unless model runner V2 is used, and without the plugin 'filigrane' if VLLM_PLUGINS "
             "is set and does not name it.",
+            reason="engine",
+        )
+    root = _root(mark)
+    id = mark.key_id.partition("/")[0]
+    if not launch.has_read(id, root.fingerprint):
+        raise RequestRefused(
+            f"filigrane: the engine of this server has not read key {id} yet; try again in a "
+            "second. (If it never does, it has another keyring than the process that answers.)",
             reason="engine",
         )
 

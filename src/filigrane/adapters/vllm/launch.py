@@ -1,12 +1,16 @@
-"""What the processes of one vLLM server share: a folder that shows which engines can mark.
+"""What the processes of one vLLM server share: a folder that shows which engines mark with what.
 
 vLLM loads logits processors in the processes that run the model and checks requests in the one that
 talks to clients, and there are ways of starting it in which the first does not happen (speculative
 decoding with the older interface) while the second does. So engines say in this folder that they
-are ready, and count there what they mark; without such a sign no request is taken for marking.
+are ready, which keys they have read, and count there what they mark. Without such a sign no request
+is taken for marking, and none with a key that an engine has not read (yet, or at all: it may have
+another folder).
 """
 
 import atexit
+import functools
+import json
 import logging
 import os
 import secrets
@@ -18,7 +22,6 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from filigrane.errors import KeyringError
 from filigrane.serving.keyring import ENVIRONMENT, Keyring
 
 RUN: Final = "FILIGRANE_VLLM_RUN"
@@ -28,7 +31,7 @@ STATES: Final = ("marked", "unmarked")
 """What engines count: positions of marked texts that carry the mark; those that by the rule do not
 (the first of a text, repeated windows)."""
 
-_KEYRING: Final = ".keyring."
+_KEYS: Final = ".keys."
 
 _log = logging.getLogger("vllm.filigrane")
 
@@ -43,11 +46,9 @@ def prepare() -> None:
         return
     keyring = Keyring.load(os.environ[ENVIRONMENT])
     if os.environ.get(RUN):
-        same_keyring(keyring)
         return
     made = tempfile.mkdtemp(prefix="filigrane-vllm-")
     os.environ[RUN] = made
-    same_keyring(keyring)
     owner = os.getpid()
 
     def remove() -> None:
@@ -69,23 +70,33 @@ def folder() -> Path | None:
     return Path(name) if name else None
 
 
-def same_keyring(keyring: Keyring) -> None:
-    """Raise KeyringError unless all processes of this run have read the same keyring.
-
-    A front end that admits what its engine does not know would be worse than none.
-    """
+def publish(keyring: Keyring) -> None:
+    """Say which keys this engine process has read: ids and fingerprints."""
     run = folder()
     if run is None:
         return
     run.mkdir(mode=0o700, parents=True, exist_ok=True)
-    said = run / f"{_KEYRING}{keyring.digest}"
-    said.touch()
-    if len(list(run.glob(f"{_KEYRING}*"))) > 1:
-        said.unlink()
-        raise KeyringError(
-            f"the keyring in {os.environ.get(ENVIRONMENT)} has changed since this server was "
-            "started: start all of it again."
-        )
+    said = {entry.id: entry.key.fingerprint for entry in keyring.entries.values()}
+    path = run / f"{_KEYS}{os.getpid()}"
+    hidden = path.with_name(f"{path.name}.new")
+    hidden.write_text(json.dumps(said))
+    hidden.replace(path)
+
+
+def has_read(id: str, fingerprint: str) -> bool:
+    """Whether all engine processes of this run have read this key."""
+    run = folder()
+    said = [] if run is None else [path for path in run.glob(f"{_KEYS}*") if path.suffix != ".new"]
+    # One id with two secrets: engines on other machines with another folder.
+    return bool(said) and all(
+        _read(path, path.stat().st_mtime_ns).get(id) == fingerprint for path in said
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _read(path: Path, changed: int) -> dict[str, str]:
+    content: dict[str, str] = json.loads(path.read_text())
+    return content
 
 
 class Sign:

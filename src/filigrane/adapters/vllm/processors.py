@@ -25,6 +25,7 @@ from filigrane.embedding import Sampling
 from filigrane.errors import LogitsError, MissingDependency, NotReady, TokenError
 from filigrane.schemes.base import Scheme
 from filigrane.serving.drawing import Drawer, only
+from filigrane.serving.live import current
 from filigrane.serving.orders import Mark
 from filigrane.serving.readiness import known_answers
 from filigrane.serving.texts import MarkedText, blocks
@@ -95,7 +96,8 @@ class _Processor(ProcessorV1, ProcessorV2):
         self._drawer: Drawer | None = None
         self._numbers = itertools.count()
         self._told = False
-        ring = admission.keyring()
+        keys = admission.live_engine()
+        ring = current(keys)
         self._active = ring is not None and not self._loaded_twice(vllm_config)
         if ring is None or not self._active:
             return
@@ -349,6 +351,8 @@ class _DeviceRows:
         if mark is None:
             self._scheme[place] = -1
             return
+        if mark.scheme not in self._schemes:  # of a key that came later
+            self._schemes.append(mark.scheme)
         self._scheme[place] = self._schemes.index(mark.scheme)
         self._numbers[place] = (params.temperature or 1.0, params.min_p, params.top_p)
         self._top_k[place] = min(max(params.top_k, 0), self._states.vocab_size)

@@ -50,14 +50,13 @@ class Tenants:
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
         self._app = app
-        self._keyring = admission.keyring()
         admission.vetted = True
-        if self._keyring is None:
+        if admission.keyring() is None:
             _log.warning("filigrane: no keyring; the middleware lets everything through.")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
-        ring = self._keyring
+        ring = admission.keyring()
         path = str(scope.get("path", "")).removeprefix(scope.get("root_path", ""))
         guarded = scope["type"] in ("http", "websocket") and path not in OPEN
         if ring is None or not guarded or scope.get("method") == "OPTIONS":

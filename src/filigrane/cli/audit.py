@@ -1,0 +1,152 @@
+"""filigrane audit: the log of a tenant, exported, signed and verified."""
+
+import io
+import json as json_text
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from filigrane.cli import render
+from filigrane.cli.keys_office import Config, Tenant, opened
+from filigrane.cli.options import Json
+from filigrane.errors import AuditError, FiligraneError
+
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", "-o", metavar="FILE", help="A file, instead of stdout.", show_default=False
+    ),
+]
+
+
+def export(tenant: Tenant, out: Out = None, config: Config = None, json: Json = False) -> None:
+    """Write a tenant's whole log as JSON lines: records, hashes, checkpoints.
+
+    It holds no text, no score and no secret. `filigrane audit verify` checks it anywhere.
+
+    Exit codes: 0 written.
+    """
+    held = io.BytesIO()
+    with opened(config) as counter:
+        count = counter.log.export(tenant, held)
+    if out is None:
+        # Lines of JSON with or without --json.
+        typer.echo(held.getvalue(), nl=False)
+        return
+    out.write_bytes(held.getvalue())
+    if json:
+        render.dump({"tenant": tenant, "file": str(out), "records": count})
+        return
+    render.stdout().print(f"wrote {count} records to {out}", soft_wrap=True, markup=False)
+
+
+def checkpoint(tenant: Tenant, out: Out = None, config: Config = None, json: Json = False) -> None:
+    """Sign a tenant's log as it is now, and keep the checkpoint in the database.
+
+    Keep it elsewhere too, with --out or --json: `verify --trusted` shows by it that nothing was cut
+    off or written anew.
+
+    Exit codes: 0 signed.
+    """
+    with opened(config) as counter:
+        made = counter.log.checkpoint(tenant)
+    if out is not None:
+        out.write_text(json_text.dumps(made.to_json()) + "\n", encoding="ascii")
+    if json:
+        render.dump(made.to_json())
+        return
+    said = f"signed {made.size} records of {tenant} by {made.key_id}; root {made.root}"
+    render.stdout().print(said, soft_wrap=True, markup=False)
+
+
+def jwks(out: Out = None, config: Config = None, json: Json = False) -> None:
+    """Print the public keys that checkpoints are verified with, a JWK set, with or without --json.
+
+    Exit codes: 0 printed.
+    """
+    with opened(config) as counter:
+        made = counter.log.jwks()
+    if out is None or json:
+        render.dump(made)
+    if out is not None:
+        out.write_text(json_text.dumps(made) + "\n", encoding="ascii")
+
+
+def verify(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="A log, as export wrote it.", show_default=False),
+    ],
+    keys: Annotated[
+        Path,
+        typer.Option(
+            "--jwks",
+            metavar="FILE",
+            help="The service's public keys, from its /.well-known/jwks.json or `audit jwks`.",
+            show_default=False,
+        ),
+    ],
+    trusted: Annotated[
+        Path | None,
+        typer.Option(
+            "--trusted",
+            metavar="FILE",
+            help="A checkpoint that was kept: the log must extend it.",
+            show_default=False,
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Check a log that was exported: every record, every hash, every signature. Needs no service.
+
+    Without a checkpoint that was kept elsewhere nobody can tell whether the end was cut off, or all
+    of it written anew by whoever has the service's root.
+
+    Exit codes: 0 in order; 1 altered, cut, reordered or signed by others.
+    """
+    from filigrane.custody.audit import Checkpoint, read_lines, verify_log
+
+    known = _read(keys)
+    try:
+        kept = None if trusted is None else Checkpoint.from_json(_read(trusted))
+        with file.open("rb") as lines:
+            report = verify_log(read_lines(lines), known, kept)
+    except AuditError as error:
+        if json:
+            render.dump({"verified": False, "reason": str(error)})
+        else:
+            render.fail(str(error))
+        raise typer.Exit(1) from None
+    if json:
+        facts = {name: getattr(report, name) for name in report.__slots__}
+        render.dump({"verified": True, **facts})
+        return
+    out = render.stdout()
+    out.print(
+        f"the log of {report.tenant} is in order: {report.n_records} records, "
+        f"{report.n_checkpoints} checkpoints, {report.n_covered} records covered",
+        soft_wrap=True,
+        markup=False,
+    )
+    out.print(f"head: {report.head}", soft_wrap=True, markup=False)
+    if report.n_backwards:
+        render.warn(f"{report.n_backwards} records are dated before the one before them")
+
+
+SUBCOMMANDS: Final = {
+    "export": export,
+    "checkpoint": checkpoint,
+    "jwks": jwks,
+    "verify": verify,
+}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json_text.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise FiligraneError(f"{path} holds no JSON object.")
+    return value

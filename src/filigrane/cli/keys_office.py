@@ -1,0 +1,159 @@
+"""What the commands of an operator share: the service's settings, opened without the service."""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from filigrane.errors import FiligraneError, KeyFormatError, MissingDependency
+
+if TYPE_CHECKING:
+    from filigrane.service.settings import Settings
+    from filigrane.store.access import Access, Principal
+    from filigrane.store.keys import KeyBook
+    from filigrane.store.log import Log
+    from filigrane.store.records import VersionRecord
+
+_ID = re.compile(r"([^.@]+)\.([^.@]+)@([1-9][0-9]{0,5})")
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        metavar="FILE",
+        help="The service's settings; else the file of FILIGRANE_CONFIG, else filigrane.toml here.",
+        show_default=False,
+    ),
+]
+Actor = Annotated[
+    str, typer.Option("--actor", metavar="NAME", help="Who does this, for the audit log.")
+]
+Tenant = Annotated[str, typer.Argument(metavar="TENANT", help="Whose.", show_default=False)]
+VersionId = Annotated[
+    str,
+    typer.Argument(
+        metavar="ID", help="A version of a key, as acme.chat@3 names one.", show_default=False
+    ),
+]
+TokenFile = Annotated[
+    Path,
+    typer.Option(
+        "--token-file",
+        metavar="FILE",
+        help="A file that only you can read, with the API token that says who you are.",
+        show_default=False,
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counter:
+    """What commands work on."""
+
+    keybook: "KeyBook"
+    access: "Access"
+    log: "Log"
+
+
+def settings_of(config: Path | None) -> "Settings":
+    """The service's settings. Raises FiligraneError, MissingDependency."""
+    with _needed():
+        from filigrane.service.settings import Settings, settings_path
+    return Settings.load(settings_path(config))
+
+
+@contextlib.contextmanager
+def opened(config: Path | None) -> Iterator[Counter]:
+    """Database and key management system, until the block ends."""
+    settings = settings_of(config)
+    with _needed():
+        from filigrane.kms.opening import open_kms
+        from filigrane.store.access import Access
+        from filigrane.store.database import Database
+        from filigrane.store.keys import KeyBook
+        from filigrane.store.log import Log
+    with contextlib.ExitStack() as closing:
+        database = Database.open(settings.database.open_url().reveal())
+        closing.callback(database.close)
+        kms = open_kms(settings.kms)
+        closing.callback(kms.close)
+        yield Counter(
+            keybook=KeyBook(database, kms), access=Access(database), log=Log(database, kms)
+        )
+
+
+def parts(version_id: str) -> tuple[str, str, int]:
+    """Tenant, name and number of 'acme.chat@3'."""
+    found = _ID.fullmatch(version_id)
+    if found is None:
+        raise KeyFormatError("a version of a key is written tenant.name@number: acme.chat@3.")
+    return found[1], found[2], int(found[3])
+
+
+def moment(written: str, what: str) -> datetime:
+    """A time with its zone. Raises FiligraneError."""
+    try:
+        when = datetime.fromisoformat(written)
+    except ValueError:
+        when = None
+    if when is None or when.tzinfo is None:
+        raise FiligraneError(f"{what}: write a time with its zone, as 2026-11-02T09:30:00Z.")
+    return when
+
+
+def principal(counter: Counter, token_file: Path) -> "Principal":
+    """Who a token belongs to. Raises FiligraneError if the file is open to others, NotFound."""
+    from filigrane.service.settings import secret_line
+
+    return counter.access.authenticate(secret_line(token_file, "--token-file").reveal())
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """A new file that only its owner can read; FiligraneError if there is one."""
+    try:
+        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as out:
+            out.write(content)
+    except FileExistsError:
+        raise FiligraneError(f"{path} is there already; choose another name.") from None
+
+
+def told(record: "VersionRecord") -> dict[str, Any]:
+    """A version as JSON; nothing of it is secret."""
+    times = {
+        name: None if value is None else value.isoformat()
+        for name in ("created_at", "promoted_at", "retired_at", "compromised_since", "destroyed_at")
+        for value in [getattr(record, name)]
+    }
+    return {
+        "id": record.id,
+        "state": record.state.value,
+        "model": record.spec.model,
+        "mark": record.spec.mark,
+        "slots": record.spec.slots,
+        "source": record.spec.source,
+        "commitment": record.commitment,
+        "log_index": record.log_index,
+        "root_version": record.root_version,
+        "acknowledged": list(record.acknowledged),
+        "waiting_for": list(record.waiting_for),
+        **times,
+    }
+
+
+@contextlib.contextmanager
+def _needed() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        if isinstance(error, FiligraneError):
+            raise
+        raise MissingDependency(
+            f"{error.name} is missing: pip install 'filigrane[service]'."
+        ) from None

@@ -1,0 +1,98 @@
+"""A first service in a folder of its own: one command from nothing to a running one.
+
+For trying out and for a single host. What it writes is what an operator would: a settings file, a
+root key under a passphrase, an empty database, one tenant, and a token for each role.
+"""
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Final
+
+from filigrane.custody.hierarchy import check_name
+from filigrane.errors import FiligraneError
+from filigrane.keys import _Secret
+from filigrane.service.settings import FILE, Settings
+
+__all__ = ["TOKENS", "write"]
+
+TOKENS: Final = "tokens.json"
+_ACTOR: Final = "operator"
+_TEXT: Final = """\
+# Settings of filigrane's service, explained in docs/service.md. Paths count from this folder.
+
+[listen]
+host = "127.0.0.1"
+port = 8470
+workers = 1
+
+[database]
+url = "sqlite:///filigrane.db"
+
+[kms]
+provider = "local"
+path = "root.key"
+passphrase_file = "root.passphrase"
+
+[public]
+tenant = "{tenant}"
+
+[web]
+# Without TLS on this machine; behind TLS remove the line.
+secure_cookie = false
+"""
+
+
+def write(folder: Path, tenant: str) -> Path:
+    """Write everything into `folder` and return the path of the settings file.
+
+    Raises FiligraneError if the folder holds a service already, or cannot be written.
+    """
+    from filigrane.kms.opening import create_kms
+    from filigrane.store.access import Access
+    from filigrane.store.database import Database, migrate
+    from filigrane.store.keys import KeyBook
+    from filigrane.store.records import Role
+
+    check_name("tenant", tenant)
+    path = folder / FILE
+    if path.exists():
+        raise FiligraneError(f"{path} exists already; serve it with --config {path}.")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _write(folder / "root.passphrase", _Secret(secrets.token_urlsafe(32) + "\n"))
+        _write(path, _Secret(_TEXT.format(tenant=tenant)))
+    except OSError as error:
+        raise FiligraneError(
+            f"{error.filename}: {error.strerror}; choose an empty folder that you may write."
+        ) from None
+    settings = Settings.load(path)
+    kms = create_kms(settings.kms)
+    try:
+        url = settings.database.open_url().reveal()
+        migrate(url)
+        database = Database.open(url)
+        try:
+            KeyBook(database, kms).create_tenant(tenant, actor=_ACTOR)
+            access = Access(database)
+            tokens = {
+                str(role): access.issue_token(
+                    tenant, f"first-{role}", frozenset({role}), actor=_ACTOR
+                )
+                for role in Role
+                # An engine's token belongs to an engine, which has to be enrolled first.
+                if role is not Role.ENGINE
+            }
+        finally:
+            database.close()
+    finally:
+        kms.close()
+    _write(folder / TOKENS, _Secret(json.dumps(tokens, indent=2) + "\n"))
+    return path
+
+
+def _write(path: Path, text: _Secret[str]) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as out:
+        out.write(text.reveal())

@@ -1,0 +1,196 @@
+"""The worker that detects in the background: it takes chunks of jobs, detects, and writes results.
+
+One thread for each process of the service. A chunk is leased: whoever dies with one loses nothing,
+since another worker takes it when the lease has run out. While the key management system or the
+database does not answer, chunks go back undone: nothing that was not tested gets a result that
+could be read as "no mark". An item that cannot be tested gets a problem instead of a verdict.
+"""
+
+import json
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from filigrane.errors import FiligraneError, KmsError, StoreError
+from filigrane.service import problems, telemetry
+from filigrane.service.answers import Content, expert_answer
+from filigrane.service.detecting import Query
+from filigrane.service.problems import Problem
+
+if TYPE_CHECKING:
+    from filigrane.service.office import Office
+    from filigrane.store.records import Chunk
+
+__all__ = ["Item", "Options", "Worker", "read_items", "results_of"]
+
+_IDLE_S: Final = 1.0
+_BACK_OFF_S: Final = 2.0
+_EXPIRE_EVERY_S: Final = 60.0
+_STOP_S: Final = 10.0
+_GIVEN_UP: Final = "given up"
+
+
+class Item(Content):
+    """One text of a job, as text or as token ids. id: the caller's own name for it."""
+
+    id: str | None = Field(None, max_length=128)
+
+
+class Options(BaseModel):
+    """How all texts of a job are tested: under the keys of a model, or one key; at which alpha."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    key: str | None = None
+    tokenizer: str | None = None
+    alpha: float = 1e-6
+    request: str | None = None
+    digest: str | None = None
+
+
+_ITEMS: Final = TypeAdapter(list[Item])
+
+
+def read_items(body: bytes, *, lines: bool, most: int, longest: int) -> list[Item]:
+    """The items of a body: a JSON list, or (lines) one JSON object a line.
+
+    most: items; longest: tokens of one text, or four times as many characters. Raises Problem.
+    """
+    try:
+        if lines:
+            items = [Item.model_validate_json(line) for line in body.splitlines() if line.strip()]
+        else:
+            items = _ITEMS.validate_json(body)
+    except ValidationError as error:
+        found = error.errors(include_input=False, include_url=False)
+        names = frozenset(Item.model_fields)
+        raise problems.validation_problem(found, names) from None
+    if not 1 <= len(items) <= most:
+        raise Problem(422, "items", f"A job has 1 to {most} items; split it.")
+    for item in items:
+        if len(item.tokens or ()) > longest or len(item.text or "") > 4 * longest:
+            raise Problem(
+                422, "too_long", f"A text has at most {longest} tokens, or four times the letters."
+            )
+    return items
+
+
+class Worker:
+    """A thread that works through jobs until it is stopped."""
+
+    def __init__(self, office: "Office") -> None:
+        self._office = office
+        self._name = f"{os.getpid()}-{secrets.token_hex(4)}"
+        self._stopping = threading.Event()
+        self._waking = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="filigrane-jobs", daemon=True)
+        limits = office.settings.limits
+        self._most = limits.job_chunk
+        self._chunk = min(4, self._most)
+        self._lease_s = limits.job_lease_s
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Look for work now."""
+        self._waking.set()
+
+    def stop(self) -> None:
+        """Let the present item end, give back what is left of the chunk, and stop."""
+        self._stopping.set()
+        self._waking.set()
+        if self._thread.ident is not None:
+            self._thread.join(_STOP_S)
+
+    def _work(self) -> None:
+        expired_at = -_EXPIRE_EVERY_S
+        while not self._stopping.is_set():
+            # Before looking, so that work that comes while looking is not slept over.
+            self._waking.clear()
+            wait = _IDLE_S
+            try:
+                if time.monotonic() - expired_at > _EXPIRE_EVERY_S:
+                    expired_at = time.monotonic()
+                    self._office.jobs.expire()
+                chunk = self._office.jobs.claim(self._name, self._lease_s, limit=self._chunk)
+                if chunk is not None:
+                    wait = 0.0 if self._do(chunk) else _BACK_OFF_S
+            except (KmsError, StoreError) as error:
+                # Whatever was claimed comes back when its lease ends.
+                telemetry.event("job_waits", {"error": type(error).__name__}, level="warning")
+                wait = _BACK_OFF_S
+            except Exception as error:
+                # The thread has to outlive a fault of one chunk, which is given up in the end.
+                telemetry.failure({}, error)
+                wait = _BACK_OFF_S
+            if wait:
+                self._waking.wait(wait)
+
+    def _do(self, chunk: "Chunk") -> bool:
+        """Whether a chunk was worked through; False if something that it needs is missing."""
+        started = time.monotonic()
+        results = []
+        options = Options.model_validate_json(chunk.options)
+        for _, content in chunk.items:
+            if self._stopping.is_set():
+                self._office.jobs.release(chunk)
+                return True
+            try:
+                results.append(self._result(chunk.tenant, options, content))
+            except (KmsError, StoreError) as error:
+                telemetry.event("job_waits", {"error": type(error).__name__}, level="warning")
+                self._office.jobs.release(chunk)
+                return False
+        kept = self._office.jobs.finish(chunk, results)
+        telemetry.JOB_ITEMS.labels("done" if kept else "dropped").inc(len(results))
+        # A chunk should take a small part of its lease, or it is lost to the next worker.
+        pace = (time.monotonic() - started) / len(results)
+        self._chunk = max(1, min(self._most, int(self._lease_s / 8 / max(pace, 1e-6))))
+        return True
+
+    def _result(self, tenant: str, options: Options, content: bytes) -> bytes:
+        item = Item.model_validate_json(content)
+        named = {} if item.id is None else {"id": item.id}
+        query = Query(
+            text=item.text,
+            tokens=None if item.tokens is None else np.asarray(item.tokens, dtype=np.int64),
+            model=options.model,
+            key=options.key,
+            tokenizer=options.tokenizer,
+            alpha=options.alpha,
+        )
+        try:
+            finding = self._office.detector.detect(tenant, query)
+            found: dict[str, Any] = {"answer": expert_answer(finding, None)}
+        except (KmsError, StoreError):
+            raise
+        except (FiligraneError, Problem) as error:
+            problem = problems.as_problem(error)
+            found = {"problem": problem.code, "detail": problem.detail}
+        return json.dumps(named | found, allow_nan=False).encode()
+
+
+def results_of(
+    kept: Iterable[bytes | None], start: int, *, ended: bool
+) -> Iterator[dict[str, Any]]:
+    """The results of items `start` on as they are shown: index, state, answer or problem.
+
+    ended: whether what has no result is never going to have one, because the job was cancelled.
+    """
+    for index, content in enumerate(kept, start):
+        if content is None:
+            yield {"index": index, "state": "cancelled" if ended else "waiting"}
+            continue
+        found = json.loads(content)
+        if found.get("error") == _GIVEN_UP:
+            found = {"problem": "given_up", "detail": "This item ended its worker three times."}
+        yield {"index": index, "state": "failed" if "problem" in found else "done", **found}

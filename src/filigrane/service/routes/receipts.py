@@ -1,0 +1,40 @@
+"""Checking receipts; the same is done offline by `filigrane receipt verify`."""
+
+from typing import Annotated, Self
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from filigrane.service.answers import ReceiptAnswer, Token, TokenId, receipt_answer
+from filigrane.service.auth import office_of, optional, unauthorized
+from filigrane.store.records import Principal
+
+router = APIRouter(prefix="/v1/receipts", tags=["receipts"])
+
+Anyone = Annotated[Principal | None, Depends(optional())]
+
+
+class VerifyBody(BaseModel):
+    """A receipt, and the text or the ids that it must be about, if at hand."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    receipt: Token
+    text: str | None = None
+    tokens: list[TokenId] | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _not_both(self) -> Self:
+        if self.text is not None and self.tokens is not None:
+            raise ValueError("text or tokens")
+        return self
+
+
+@router.post("/verify")
+def verify(body: VerifyBody, who: Anyone, request: Request) -> ReceiptAnswer:
+    """Whether a receipt is one of this service, unaltered, and what it says."""
+    office = office_of(request)
+    if who is None and office.settings.public is None:
+        raise unauthorized("send Authorization: Bearer TOKEN.", code="no_token")
+    content = body.text if body.text is not None else body.tokens
+    return receipt_answer(office.receipts.verify(body.receipt, content))

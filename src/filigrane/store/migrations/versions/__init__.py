@@ -1,0 +1,1 @@
+"""One file a migration; `filigrane.store.tables.HEAD` names the newest."""

@@ -1,0 +1,769 @@
+"""The web page in a real browser: by keyboard, with and without JavaScript, in both colours."""
+
+import asyncio
+import hashlib
+import json
+import math
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import pytest
+from playwright.sync_api import Browser, expect
+from starlette.requests import Request
+
+from filigrane.keys import _Secret
+from filigrane.kms.local import LocalRoot
+from filigrane.service.problems import Problem
+from filigrane.service.receipts import verify
+from filigrane.service.web import rendering, words
+from filigrane.service.web.forms import _InMemory, read_form
+from filigrane.service.web.heat import MAX_CHARACTERS, cut
+from filigrane.service.web.sessions import Sessions
+from servicekit import OTHER, TENANT, Service, prepare, running
+from webkit import Desk, Visit, browser, plain, visit
+
+STATIC = Path(rendering.__file__).parent / "static"
+TEMPLATES = Path(rendering.__file__).parent / "templates"
+KEY = f"{TENANT}.chat@1"
+SPLIT = 800
+SPOTTED = (
+    "<script>",
+    "<img src=x onerror=fire()>",
+    "</textarea><script>fire()</script>",
+    "'\"><b>",
+)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with browser() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+    sections = (
+        '[public]\ntenant = "demo"\nmin_tokens = 200\nper_identity = "1000/minute"\n'
+        'per_network = "1000/minute"\nnear_duplicates = 1000\n'
+    )
+    made = prepare(tmp_path_factory.mktemp("web"), sections=sections)
+    with running(made):
+        with made.client("tenant-admin") as client:
+            for role in ("attribution-officer", "custodian"):
+                body = {"name": f"second-{role}", "roles": [role]}
+                answer = client.post("/v1/tokens", json=body)
+                assert answer.status_code == 201, answer.text
+                made.tokens[TENANT][f"second-{role}"] = answer.json()["token"]
+        found = Desk(made)
+        found.make_key("chat")
+        yield found
+
+
+@pytest.fixture(scope="module")
+def service(desk: Desk) -> Service:
+    return desk.service
+
+
+@pytest.fixture(scope="module")
+def text(desk: Desk) -> str:
+    """Unmarked, then marked, then unmarked."""
+    return plain(SPLIT) + "\n" + desk.write(KEY, 900, 3) + "\n" + plain(2 * SPLIT)[SPLIT:]
+
+
+def jwks(service: Service) -> dict[str, object]:
+    found: dict[str, object] = httpx2.get(f"{service.url}/.well-known/jwks.json").json()
+    return found
+
+
+def quiet(seen: Visit, url: str) -> None:
+    """Nothing was asked of anybody else, and nothing broke or was kept."""
+    assert seen.requests and all(one.startswith(url) for one in seen.requests)
+    assert seen.complaints == []
+
+
+# Journeys
+
+
+@pytest.mark.parametrize("javascript", [True, False])
+def test_public_journey_by_keyboard(
+    chromium: Browser, service: Service, text: str, javascript: bool, tmp_path: Path
+) -> None:
+    with visit(chromium, service.url, javascript=javascript) as seen:
+        page = seen.page
+        page.goto("/")
+        seen.tab_to("Text")
+        page.keyboard.insert_text(text)
+        seen.tab_to("Check this text")
+        page.keyboard.press("Enter")
+        expect(page.locator("#verdict")).to_have_text("A mark was found.")
+        if javascript:
+            expect(page.locator("#verdict")).to_be_focused()
+        # The verdict comes before the form, and no number is told.
+        order = page.locator("h1, #verdict, form.card").evaluate_all(
+            "all => all.map(one => one.id || one.tagName)"
+        )
+        assert order == ["H1", "verdict", "FORM"]
+        assert not re.search(r"log10|p-value|p =|1 in 10[⁰¹²³⁴⁵⁶⁷⁸⁹]", page.content())
+        seen.tab_to("How sure is that")
+        page.keyboard.press("Enter")
+        expect(page.get_by_text("False alarms")).to_be_visible()
+        seen.tab_to("Download a signed receipt")
+        with page.expect_download() as waiting:
+            page.keyboard.press("Enter")
+        token = Path(waiting.value.path()).read_text()
+        receipt = verify(token, jwks(service), text)
+        assert (receipt.verdict, receipt.tier, receipt.log10_pvalue) == ("detected", "public", None)
+        assert seen.context.cookies() == []
+        if javascript:
+            # htmx notes the address; nothing of the text is kept anywhere.
+            kept = page.evaluate("[{...localStorage}, {...sessionStorage}]")
+            assert kept in ([{}, {}], [{}, {"htmx-current-path-for-history": "/"}])
+        quiet(seen, service.url)
+
+
+@pytest.mark.parametrize("javascript", [True, False])
+def test_public_answers_in_three_classes(
+    chromium: Browser, service: Service, javascript: bool
+) -> None:
+    with visit(chromium, service.url, javascript=javascript) as seen:
+        page = seen.page
+        for typed, said in (
+            (plain(900), "No mark was found."),
+            ("A short one.", "The text is too short to say."),
+            (" ", "That cannot be used as it is"),
+        ):
+            page.goto("/")
+            page.fill("#text", typed)
+            page.click("text=Check this text")
+            expect(page.locator("#verdict")).to_have_text(said)
+
+
+@pytest.mark.parametrize("javascript", [True, False])
+def test_expert_journey_by_keyboard(
+    chromium: Browser, service: Service, text: str, javascript: bool
+) -> None:
+    with visit(chromium, service.url, javascript=javascript) as seen:
+        page = seen.page
+        page.goto("/")
+        seen.log_in(service.token("detector-expert"))
+        assert page.url == f"{service.url}/expert"
+        seen.tab_to("Text")
+        page.keyboard.insert_text(text)
+        seen.tab_to("Check this text")
+        page.keyboard.press("Enter")
+        expect(page.locator("#verdict")).to_have_text("This text carries a mark")
+        expect(page.locator(".say")).to_contain_text(KEY)
+        # The text is whole, and what is underlined is the marked part of it, by number and table.
+        shown = page.locator("#heat").evaluate(
+            "heat => { const copy = heat.cloneNode(true);"
+            " copy.querySelectorAll('.number').forEach(one => one.remove());"
+            " return copy.textContent; }"
+        )
+        assert shown == text
+        assert page.locator("#heat mark").count() == page.locator("[id^=row-]").count() >= 1
+        marked = [
+            tuple(int(part.replace(",", "")) for part in cell.split("–"))
+            for cell in page.locator("[id^=row-] td:nth-of-type(2)").all_inner_texts()
+        ]
+        assert all(SPLIT - 60 < start < stop < SPLIT + 960 for start, stop in marked)
+        assert sum(stop - start for start, stop in marked) > 450
+        patterns = page.locator("#heat mark span").evaluate_all(
+            "all => [...new Set(all.map(one => getComputedStyle(one).textDecorationStyle))].sort()"
+        )
+        assert len(patterns) >= 3 and "none" not in patterns
+        outside = page.locator("#heat").evaluate("one => getComputedStyle(one).textDecorationLine")
+        assert outside == "none"
+        seen.tab_to("The text, with")
+        if javascript:
+            page.keyboard.press("n")
+            assert seen.focused("Passage 1")
+            expect(page.locator("#row-1")).to_have_class("here")
+        seen.tab_to("Every key that was tried")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("rowheader", name=KEY)).to_be_visible()
+        page.locator("#verdict").focus()
+        seen.tab_to("Download a signed receipt")
+        with page.expect_download() as waiting:
+            page.keyboard.press("Enter")
+        assert waiting.value.suggested_filename.endswith(".jws")
+        receipt = verify(Path(waiting.value.path()).read_text(), jwks(service), text)
+        assert receipt.tier == "expert" and receipt.key_id == KEY
+        assert receipt.log10_pvalue is not None and receipt.log10_pvalue < -12
+        page.locator("main").focus()
+        page.keyboard.press("Shift+Tab")
+        assert seen.focused("Log out")
+        page.keyboard.press("Enter")
+        expect(page.locator(".notice")).to_have_text("You are logged out.")
+        assert seen.context.cookies() == []
+        page.goto("/expert")
+        assert page.url == f"{service.url}/login"
+        quiet(seen, service.url)
+
+
+def test_a_file_counts_to_the_last_byte(
+    chromium: Browser, service: Service, text: str, tmp_path: Path
+) -> None:
+    """Line ends of a file survive; the hash in the receipt is that of the file."""
+    file = tmp_path / "found <b>text</b>.txt"
+    file.write_bytes(text.replace("\n", "\r\n").encode())
+    with visit(chromium, service.url) as seen:
+        page = seen.page
+        page.goto("/login")
+        seen.log_in(service.token("detector-expert"))
+        page.set_input_files("#file", file)
+        expect(page.locator("#text")).to_be_disabled()
+        page.click("text=Check this text")
+        expect(page.locator("#verdict")).to_have_text("This text carries a mark")
+        with page.expect_download() as waiting:
+            page.click("text=Download a signed receipt")
+        token = Path(waiting.value.path()).read_text()
+        assert verify(token, jwks(service), file.read_bytes().decode()).verdict == "detected"
+        file.write_bytes(b"\xff\xfe\x00not text")
+        page.set_input_files("#file", file)
+        page.click("text=Check this text")
+        expect(page.locator("#verdict")).to_have_text("That cannot be used as it is")
+        expect(page.locator("#result")).to_contain_text("UTF-8")
+
+
+@pytest.mark.parametrize("javascript", [True, False])
+def test_key_admin_journey_by_keyboard(
+    chromium: Browser, service: Service, javascript: bool
+) -> None:
+    name = f"news-{'js' if javascript else 'plain'}"
+    with visit(chromium, service.url, javascript=javascript) as seen:
+        page = seen.page
+        page.goto("/")
+        seen.log_in(service.token("key-admin"))
+        assert page.url == f"{service.url}/keys"
+        page.locator("#new").scroll_into_view_if_needed()
+        seen.tab_to("Name")
+        page.keyboard.type(name)
+        seen.tab_to("Model")
+        page.keyboard.type("prose-1")
+        seen.tab_to("Create the key")
+        page.keyboard.press("Enter")
+        expect(page.locator(".notice")).to_contain_text("The key was created.")
+
+        def state(version: int) -> str:
+            row = page.get_by_role("row", name=f"{TENANT}.{name}@{version}")
+            return row.locator(".state").inner_text()
+
+        def press(what: str, said: str) -> None:
+            seen.tab_to(what)
+            page.keyboard.press("Enter")
+            expect(page.locator(".notice")).to_contain_text(said)
+
+        assert state(1) == "waiting"
+        press(f"Promote {TENANT}.{name}@1", "in use now")
+        assert state(1) == "in use"
+        press(f"Make the next version of {name}", "A new version")
+        press(f"Promote {TENANT}.{name}@2", "in use now")
+        assert (state(1), state(2)) == ("retired", "in use")
+        press(f"Retire {TENANT}.{name}@2", "marks no more")
+        seen.tab_to(f"Report as compromised {TENANT}.{name}@2")
+        page.keyboard.press("Enter")
+        seen.tab_to("It cannot be taken back.")
+        page.keyboard.press("Space")
+        seen.tab_to(f"Report {TENANT}.{name}@2")
+        page.keyboard.press("Enter")
+        expect(page.locator(".notice")).to_contain_text("recorded as compromised")
+        assert state(2) == "compromised"
+        quiet(seen, service.url)
+
+
+def test_two_custodians_destroy_a_version(chromium: Browser, service: Service, desk: Desk) -> None:
+    doomed = desk.make_key("doomed", promote=False)
+    with (
+        visit(chromium, service.url, javascript=False) as first,
+        visit(chromium, service.url) as second,
+    ):
+        for seen, role in ((first, "custodian"), (second, "second-custodian")):
+            seen.page.goto("/")
+            seen.log_in(service.token(role))
+        first.tab_to(f"Destroy {doomed}")
+        first.page.keyboard.press("Enter")
+        first.tab_to("Why")
+        first.page.keyboard.type("the model is gone")
+        first.page.keyboard.press("Enter")
+        expect(first.page.locator(".notice")).to_contain_text("Another person has to approve")
+        expect(first.page.get_by_text("waits for a second custodian")).to_be_visible()
+        second.page.reload()
+        expect(second.page.get_by_text("custodian asks: the model is gone")).to_be_visible()
+        second.tab_to(f"Agree to destroy {doomed}")
+        second.page.keyboard.press("Enter")
+        expect(second.page.locator(".notice")).to_contain_text("You approved")
+        first.page.reload()
+        first.tab_to("Nobody can read its marks ever again.")
+        first.page.keyboard.press("Space")
+        first.tab_to(f"Destroy {doomed}", most=3)
+        first.page.keyboard.press("Enter")
+        expect(first.page.locator(".notice")).to_contain_text("is destroyed")
+        row = first.page.get_by_role("row", name=doomed)
+        assert row.locator(".state").inner_text() == "destroyed"
+
+
+@pytest.mark.parametrize("javascript", [True, False])
+def test_two_officers_trace_a_text(
+    chromium: Browser, service: Service, desk: Desk, javascript: bool
+) -> None:
+    written = desk.write(KEY, 600, 11 + javascript, user=42)
+    purpose = f"complaint 12 <i>of {javascript}</i>"
+    with (
+        visit(chromium, service.url, javascript=javascript) as first,
+        visit(chromium, service.url, javascript=javascript) as second,
+    ):
+        for seen, role in (
+            (first, "attribution-officer"),
+            (second, "second-attribution-officer"),
+        ):
+            seen.page.goto("/")
+            seen.log_in(service.token(role))
+            assert seen.page.url == f"{service.url}/trace"
+
+        def fill(which: str) -> None:
+            first.tab_to("Text")
+            first.page.keyboard.insert_text(written)
+            first.tab_to("Users")
+            first.page.keyboard.press("Control+A")
+            first.page.keyboard.type("100")
+
+        first.tab_to("Skip")
+        fill("ask")
+        first.tab_to("Purpose")
+        first.page.keyboard.insert_text(purpose)
+        first.page.keyboard.press("Enter")
+        expect(first.page.locator(".notice")).to_contain_text("Another person has to approve")
+        assert not first.page.get_by_role("button", name="Agree to").count()
+        second.page.reload()
+        expect(second.page.get_by_text(purpose).first).to_be_visible()
+        second.tab_to("Agree to request")
+        second.page.keyboard.press("Enter")
+        expect(second.page.locator(".notice")).to_contain_text("You approved")
+        first.page.reload()
+        first.page.locator("#approval").focus()
+        fill("run")
+        first.page.keyboard.press("Enter")
+        expect(first.page.locator("#verdict")).to_have_text("The text carries the mark of user 42")
+        expect(first.page.get_by_role("rowheader", name="42", exact=True)).to_be_visible()
+        expect(first.page.locator(".verdict .hint")).to_contain_text(purpose)
+        # It served once.
+        first.page.goto("/trace")
+        assert first.page.locator("#approval option").count() == 0
+        quiet(first, service.url)
+
+
+# Accessibility
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_axe_finds_nothing(chromium: Browser, service: Service, text: str, dark: bool) -> None:
+    found: dict[str, list[str]] = {}
+    with visit(chromium, service.url, dark=dark) as seen:
+        page = seen.page
+
+        def look(name: str) -> None:
+            if problems := seen.axe():
+                found[name] = problems
+
+        page.goto("/")
+        look("public")
+        for typed in (text, plain(900), "short", ""):
+            page.fill("#text", typed)
+            page.click("text=Check this text")
+            page.wait_for_selector("#verdict")
+            page.wait_for_timeout(50)
+            look(f"public: {typed[:9]}")
+        page.goto("/login")
+        look("login")
+        page.fill("#token", "fgt_wrong")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#verdict")
+        look("login refused")
+        seen.log_in(service.token("detector-expert"))
+        page.fill("#text", text)
+        page.click("text=Check this text")
+        page.wait_for_selector("#heat mark")
+        page.locator("details").evaluate_all("all => all.forEach(one => one.open = true)")
+        look("expert")
+        page.goto("/keys")
+        look("refused")
+        for role in ("attribution-officer", "key-admin", "custodian"):
+            seen.log_in(service.token(role))
+            page.locator("details").evaluate_all("all => all.forEach(one => one.open = true)")
+            look(role)
+    assert found == {}
+
+
+def test_axe_would_find_something(chromium: Browser, service: Service) -> None:
+    with visit(chromium, service.url) as seen:
+        seen.page.goto("/")
+        seen.page.evaluate("document.querySelector('label').remove()")
+        assert any("label" in one for one in seen.axe())
+
+
+@pytest.mark.parametrize(("width", "scale"), [(320, 1.0), (640, 2.0)])
+def test_small_screens_and_large_letters(
+    chromium: Browser, service: Service, text: str, width: int, scale: float
+) -> None:
+    with visit(chromium, service.url, width=width, height=800, scale=scale) as seen:
+        page = seen.page
+
+        def narrow() -> None:
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), page.url
+
+        page.goto("/")
+        narrow()
+        seen.log_in(service.token("detector-expert"))
+        page.fill("#text", text)
+        page.click("text=Check this text")
+        page.wait_for_selector("#heat mark")
+        narrow()
+        for role in ("key-admin", "custodian", "attribution-officer"):
+            seen.log_in(service.token(role))
+            narrow()
+            hidden = page.locator("button").evaluate_all(
+                "all => all.filter(one => one.getBoundingClientRect().right > innerWidth).length"
+            )
+            assert hidden == 0
+
+
+def test_nothing_moves_for_those_who_ask_for_calm(chromium: Browser, service: Service) -> None:
+    read = "one => getComputedStyle(one).transitionDuration"
+    for calm, moves in ((True, False), (False, True)):
+        with visit(chromium, service.url, calm=calm) as seen:
+            seen.page.goto("/")
+            duration = seen.page.locator("button.primary").evaluate(read)
+            assert (duration != "0s") == moves
+
+
+# Attacks
+
+
+def test_texts_and_names_stay_text(chromium: Browser, service: Service, desk: Desk) -> None:
+    """What looks like HTML is shown, in every place where words of others come up."""
+    spotted = " ".join(SPOTTED)
+    with visit(chromium, service.url) as seen:
+        page = seen.page
+        fired: list[str] = []
+        page.on("dialog", lambda dialog: (fired.append(dialog.message), dialog.dismiss()))
+        page.expose_function("fire", lambda: fired.append("fire"))
+        written = spotted + desk.write(KEY, 700, 21) + spotted
+        seen.page.goto("/")
+        page.fill("#text", spotted + plain(700))
+        page.click("text=Check this text")
+        page.wait_for_selector("#verdict")
+        seen.log_in(service.token("detector-expert"))
+        page.fill("#text", written)
+        page.click("text=Check this text")
+        page.wait_for_selector("#heat mark")
+        assert spotted in page.locator("#heat").inner_text()
+        assert page.locator("#heat img, #heat b, #heat script").count() == 0
+        page.goto(f"/login?done={SPOTTED[1]}")
+        assert page.locator(".notice").count() == 0
+        seen.log_in(service.token("attribution-officer"))
+        page.fill("#ask-text", "some text")
+        page.fill("#purpose", spotted)
+        page.click("text=Ask a second officer")
+        expect(page.get_by_text(spotted).first).to_be_visible()
+        assert page.locator("main img, main b, main script").count() == 0
+        seen.log_in(service.token("key-admin"))
+        page.locator("#name").evaluate("one => { one.pattern = '.*'; one.maxLength = 500; }")
+        page.fill("#name", spotted)
+        page.fill("#model", "x")
+        page.click("text=Create the key")
+        page.wait_for_selector(".problem")
+        assert page.input_value("#name") == spotted
+        assert page.locator("main img, main b, main script").count() == 0
+        page.wait_for_timeout(200)
+        assert fired == []
+
+
+def test_the_policy_stops_a_script_that_got_in(chromium: Browser, service: Service) -> None:
+    with visit(chromium, service.url) as seen:
+        page = seen.page
+        page.goto("/")
+        page.evaluate(
+            """() => {
+                const one = document.createElement('div');
+                one.innerHTML = '<img src=x onerror="document.title = 1" style="color: red">';
+                document.body.append(one);
+                const script = document.createElement('script');
+                script.textContent = 'document.title = 2';
+                document.body.append(script);
+                const far = document.createElement('script');
+                far.src = 'https://example.org/x.js';
+                document.body.append(far);
+            }"""
+        )
+        page.wait_for_timeout(200)
+        assert page.title() == "Does this text carry a mark? – filigrane"
+        assert any("Content Security Policy" in one for one in seen.complaints)
+        assert not any("example.org" in one for one in seen.requests)
+
+
+def test_pages_hold_no_inline_code_and_headers_are_strict(service: Service) -> None:
+    for file in TEMPLATES.glob("*.html"):
+        source = file.read_text()
+        assert not re.search(r"\son\w+=|\sstyle=|<style|javascript:|\|\s*safe|autoescape", source)
+        assert all(" src=" in tag for tag in re.findall(r"<script[^>]*>", source))
+    for path in ("/", "/login", "/expert", "/nowhere"):
+        headers = httpx2.get(service.url + path).headers
+        policy = headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'") and "unsafe" not in policy
+        assert "frame-ancestors 'none'" in policy
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["cache-control"] == "no-store"
+        assert "set-cookie" not in headers
+    page = httpx2.get(service.url).text
+    for address in re.findall(r'(?:href|src)="(/static/[^"]+)"', page):
+        answer = httpx2.get(service.url + address)
+        assert answer.status_code == 200 and "immutable" in answer.headers["cache-control"]
+    assert httpx2.get(f"{service.url}/static/..%2froutes.py").status_code == 404
+    assert httpx2.get(f"{service.url}/static/routes.py").status_code == 404
+
+
+def test_static_files_are_small_and_pinned() -> None:
+    assert (STATIC / "filigrane.js").stat().st_size < 10_000
+    htmx = (STATIC / "htmx-2.0.11.min.js").read_bytes()
+    assert hashlib.sha256(htmx).hexdigest() == (
+        "d6fdc75f204e6bdefa99b69bf1e6d4ac69b8a364f77929f45c13476b4000f717"
+    )
+    assert "Zero-Clause BSD" in (STATIC / "htmx-LICENSE.txt").read_text()
+    assert set(rendering.STATIC) == {file.name for file in STATIC.iterdir()}
+
+
+def signed_in(service: Service, role: str, tenant: str = TENANT) -> tuple[httpx2.Client, str]:
+    """A client with a session, and its CSRF token."""
+    client = httpx2.Client(base_url=service.url)
+    answer = client.post("/login", data={"token": service.token(role, tenant)})
+    assert answer.status_code == 303, answer.text
+    cookie = answer.headers["set-cookie"]
+    assert "HttpOnly" in cookie and "SameSite=strict" in cookie and "Path=/" in cookie
+    assert service.token(role, tenant) not in cookie
+    page = client.get(answer.headers["location"]).text
+    found = re.search(r'name="csrf" value="([^"]+)"', page)
+    assert found is not None
+    return client, found.group(1)
+
+
+def test_forms_of_other_sites_are_refused(service: Service) -> None:
+    client, csrf = signed_in(service, "key-admin")
+    form = {"name": "forged", "model": "m", "mark": "gumbel", "tokenizer": "", "slots": "1"}
+    with client:
+        for sent, headers in (
+            (form, {}),
+            (form | {"csrf": "wrong"}, {}),
+            (form | {"csrf": csrf}, {"Sec-Fetch-Site": "cross-site"}),
+            (form | {"csrf": csrf}, {"Sec-Fetch-Site": "same-site"}),
+            (form | {"csrf": csrf}, {"Origin": "https://evil.example"}),
+            (form | {"csrf": csrf}, {"Origin": "null"}),
+        ):
+            assert client.post("/keys/create", data=sent, headers=headers).status_code == 403
+        other, foreign = signed_in(service, "key-admin")
+        other.close()
+        answer = client.post("/keys/create", data=form | {"csrf": foreign})
+        assert answer.status_code == 403
+        assert "forged" not in client.get("/keys").text
+        # Logging in as somebody else, from elsewhere, is refused as well.
+        token = {"token": service.token("key-admin")}
+        headers = {"Sec-Fetch-Site": "cross-site"}
+        assert client.post("/login", data=token, headers=headers).status_code == 403
+        own = {"Origin": service.url, "Sec-Fetch-Site": "same-origin"}
+        answer = client.post("/keys/create", data=form | {"csrf": csrf}, headers=own)
+        assert answer.status_code == 303 and "forged" in client.get("/keys").text
+
+
+def test_roles_and_tenants_stay_apart(service: Service) -> None:
+    pages = {"/expert": "detector-expert", "/trace": "attribution-officer", "/keys": "key-admin"}
+    for role in pages.values():
+        client, _ = signed_in(service, role)
+        with client:
+            for path, needed in pages.items():
+                answer = client.get(path)
+                assert answer.status_code == (200 if role == needed else 403)
+                assert ("This is not yours to do" in answer.text) == (role != needed)
+    client, csrf = signed_in(service, "key-admin", OTHER)
+    with client:
+        assert "chat" not in client.get("/keys").text
+        sent = {"version": KEY, "csrf": csrf}
+        assert client.post("/keys/retire", data=sent).status_code == 404
+        assert client.post("/keys/nothing", data=sent).status_code == 404
+    client, csrf = signed_in(service, "custodian")
+    with client:
+        sent = {"version": KEY, "csrf": csrf}
+        assert client.post("/keys/retire", data=sent).status_code == 403
+
+
+def test_a_session_ends_with_its_token(service: Service, desk: Desk) -> None:
+    with service.client("tenant-admin") as admin:
+        made = admin.post("/v1/tokens", json={"name": "guest", "roles": ["detector-expert"]})
+        service.tokens[TENANT]["guest"] = made.json()["token"]
+        client, _ = signed_in(service, "guest")
+        with client:
+            assert client.get("/expert").status_code == 200
+            (name, value), *_ = client.cookies.items()
+            for broken in (value[:-1] + ("A" if value[-1] != "A" else "B"), "1.x", "x", "9" * 400):
+                answer = httpx2.get(service.url + "/expert", cookies={name: broken})
+                assert answer.status_code == 303 and answer.headers["location"] == "/login"
+            token_id = made.json()["token"].split("_")[2]
+            assert admin.delete(f"/v1/tokens/{token_id}").status_code in (200, 204)
+            deadline = 60
+            while client.get("/expert").status_code == 200:
+                deadline -= 1
+                assert deadline, "a revoked token goes on opening pages"
+                time.sleep(0.1)
+            partial = client.post("/expert", headers={"HX-Request": "true"})
+            assert partial.headers["hx-redirect"] == "/login"
+
+
+# Parts
+
+
+def test_sessions_open_in_every_process_and_end(tmp_path: Path) -> None:
+    now = 1000.0
+    kms = LocalRoot.create(tmp_path / "root.key", _Secret("a passphrase of tests"))
+    first, second = (Sessions(kms, 60, clock=lambda: now) for _ in range(2))
+    cookie = first.seal(_Secret("fgt_secret")).reveal()
+    assert "secret" not in cookie
+    session = second.open(cookie)
+    assert session is not None and session.token.reveal() == "fgt_secret"
+    assert "secret>" in repr(session) and session.csrf not in repr(session)
+    kms.rotate()
+    assert second.open(cookie) is not None
+    assert first.seal(_Secret("x")).reveal().startswith("2.")
+    now += 60
+    assert first.open(cookie) is None
+    for other in ("", ".", "1.", "7." + cookie[2:], "1." + "A" * 40, "1.é"):
+        assert first.open(other) is None
+    kms.close()
+
+
+def form_request(body: bytes, kind: str, headers: dict[str, str] | None = None) -> Request:
+    async def receive() -> dict[str, object]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    every = {"content-type": kind, "host": "here", **(headers or {})}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/",
+        "headers": [(name.encode(), value.encode()) for name, value in every.items()],
+    }
+    return Request(scope, receive)
+
+
+def multipart(content: bytes) -> tuple[bytes, str]:
+    head = (
+        b'--B\r\nContent-Disposition: form-data; name="text"\r\n\r\ntyped\r\n--B\r\n'
+        b'Content-Disposition: form-data; name="file"; filename="x.txt"\r\n'
+        b"Content-Type: text/plain\r\n\r\n"
+    )
+    return head + content + b"\r\n--B--\r\n", "multipart/form-data; boundary=B"
+
+
+def test_a_large_file_never_touches_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    rolled: list[object] = []
+    monkeypatch.setattr(tempfile.SpooledTemporaryFile, "rollover", lambda self: rolled.append(self))
+    body, kind = multipart(b"x" * 3_000_000)
+    form = asyncio.run(read_form(form_request(body, kind)))
+    assert form.text() == "x" * 3_000_000 and rolled == []
+    monkeypatch.setattr(_InMemory, "spool_max_size", 1 << 20)
+    asyncio.run(read_form(form_request(body, kind)))
+    assert rolled, "this test would not notice"
+
+
+def test_forms_are_read_or_refused() -> None:
+    kind = "application/x-www-form-urlencoded"
+    form = asyncio.run(read_form(form_request(b"text=a%0D%0Ab&text=c%0D%0Ad&x=+1+", kind)))
+    assert (form.text(), form.line("x"), form.line("y")) == ("c\nd", "1", "")
+    assert "c" not in repr(form).replace("fields", "")
+    for content, code in ((b"\xff", "not_text"), (b"a\0b", "not_text")):
+        with pytest.raises(Problem) as refused:
+            asyncio.run(read_form(form_request(*multipart(content))))
+        assert refused.value.code == code
+    with pytest.raises(Problem, match="other_site|another site"):
+        asyncio.run(read_form(form_request(b"", kind, {"origin": "http://there"})))
+    with pytest.raises(Problem, match="cannot be read"):
+        asyncio.run(read_form(form_request(b"nonsense", "multipart/form-data; boundary=B"))).text()
+
+
+def test_cut_keeps_every_character() -> None:
+    rng = np.random.default_rng(1)
+    alphabet = list("ab <&>\n\té日\u200b")
+    for _ in range(200):
+        n = int(rng.integers(0, 120))
+        text = "".join(rng.choice(alphabet, n))
+        stops = np.sort(rng.integers(0, n + 1, 2 * int(rng.integers(0, 4))))
+        spans = [(int(a), int(b)) for a, b in stops.reshape(-1, 2)]
+        starts = np.sort(rng.integers(0, n + 1, int(rng.integers(0, 60))))
+        offsets = np.stack([starts, np.minimum(starts + rng.integers(0, 4, starts.size), n)], 1)
+        evidence = rng.exponential(size=starts.size)
+        evidence[rng.random(starts.size) < 0.3] = math.nan
+        stretches = cut(text, spans, evidence, offsets)
+        assert "".join(piece.text for one in stretches for piece in one.pieces) == text
+        for one in stretches:
+            assert all((piece.strength == 0) == (one.number == 0) for piece in one.pieces)
+
+
+def test_strength_follows_the_evidence() -> None:
+    text = "aaaa bbbb cccc dddd " * 4
+    offsets = np.stack([np.arange(len(text)), np.arange(len(text)) + 1], 1)
+    evidence = np.ones(len(text))
+    evidence[40:60] = 8.0
+    (stretch,) = cut(text, [(0, len(text))], evidence, offsets)
+    place = 0
+    for piece in stretch.pieces:
+        if place >= 40 and place + len(piece.text) <= 60:
+            assert piece.strength == 4
+        if place + len(piece.text) <= 30:
+            assert piece.strength == 1
+        place += len(piece.text)
+
+
+def test_a_long_text_is_shown_around_its_passages() -> None:
+    text = "word " * (MAX_CHARACTERS // 5 + 1)
+    none = np.empty(0)
+    stretches = cut(text, [(30_000, 30_100)], none, np.empty((0, 2), dtype=np.int64))
+    assert [one.number for one in stretches] == [0, 1, 0]
+    shown = sum(len(piece.text) + one.skipped for one in stretches for piece in one.pieces[:1])
+    assert all(one.skipped > 20_000 for one in stretches if not one.number)
+    assert shown < len(text)
+    total = sum(sum(len(p.text) for p in one.pieces) + one.skipped for one in stretches)
+    assert total == len(text)
+
+
+@pytest.mark.parametrize(
+    ("p", "said"),
+    [
+        (1.0, "1.00"),
+        (0.3, "0.30"),
+        (0.01, "1 in 100"),
+        (1e-6, "1 in 1.0 million"),
+        (2.5e-8, "1 in 40 million"),
+        (1e-13, "1 in 10 trillion"),
+        (1e-31, "1 in 10³¹"),
+    ],
+)
+def test_chances_in_words(p: float, said: str) -> None:
+    assert words.chance(math.log(p) - 1e-12) == said
+
+
+def test_every_code_has_words() -> None:
+    from filigrane.custody.states import State
+
+    assert set(words.STATES) == {str(state) for state in State}
+    assert set(words.VERDICTS) == {"detected", "inconclusive", "too_short"}
+    for said in (*words.DONE.values(), *(one.sentence for one in words.VERDICTS.values())):
+        assert said.endswith(".")
+    # Nobody is told who wrote something.
+    everything = json.dumps([file.read_text() for file in TEMPLATES.glob("*.html")])
+    assert not re.search(
+        r"written by (an? )?(AI|human|machine)|human-written|AI-generated",
+        everything,
+        re.IGNORECASE,
+    )
