@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 SLOW = {
     HERE / "adapters",
     HERE / "cli",
+    HERE / "deploy",
     HERE / "kms",
     HERE / "service",
     HERE / "store",

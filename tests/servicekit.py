@@ -38,7 +38,7 @@ if "serve" not in COMMANDS:
     COMMAND = [sys.executable, "-c", "import typer; from filigrane.cli.serve import serve; "]
     COMMAND[-1] += "typer.run(serve)"
     COMMAND.append("--config")
-PATIENCE = 60.0
+PATIENCE = 120.0
 
 
 @dataclass

@@ -25,14 +25,15 @@ from filigrane.foreign.writing import write
 from filigrane.keys import Key
 from filigrane.kms.base import KeyManagement
 from filigrane.store.access import Access, Principal, Role
-from filigrane.store.database import Database, migrate
+from filigrane.store.database import Database, migrate, now
 from filigrane.store.jobs import Jobs
 from filigrane.store.keys import KeyBook
 from filigrane.store.log import Log
 from filigrane.toy import ZipfModel
 
+__all__ = ["Opened", "Stores", "Ticking", "identity", "marked", "now", "stores"]
+
 MODEL = ZipfModel(64, 0.3)
-SCHEME = "gumbel"
 
 
 class Ticking:
@@ -54,6 +55,7 @@ class Opened:
     database: Database
     kms: KeyManagement
     clock: Ticking
+    opened: list[Database] = field(default_factory=list, repr=False)
     keybook: KeyBook = field(init=False)
     access: Access = field(init=False)
     log: Log = field(init=False)
@@ -68,7 +70,10 @@ class Opened:
     def again(self) -> "Opened":
         """The same store as another process would have it: nothing in memory."""
         database = Database.open(self.url, clock=self.clock)
-        return Opened(url=self.url, database=database, kms=self.kms, clock=self.clock)
+        self.opened.append(database)
+        return Opened(
+            url=self.url, database=database, kms=self.kms, clock=self.clock, opened=self.opened
+        )
 
     def verify(self, tenant: str) -> LogReport:
         out = io.BytesIO()
@@ -116,12 +121,17 @@ class Stores:
         url = f"sqlite:///{path}"
         return pgkit.Urls(superuser=url, owner=url, app=url, name=str(path))
 
+    def owner_of(self, url: str) -> str:
+        """A URL by which triggers can be switched off."""
+        assert self._cluster is not None
+        return self._cluster.urls(url.rpartition("/")[2]).superuser
+
     def fresh(self, kms: KeyManagement, clock: Ticking | None = None) -> Opened:
         ticking = clock or Ticking()
         url = self.urls().app
         database = Database.open(url, clock=ticking)
         self._opened.append(database)
-        return Opened(url=url, database=database, kms=kms, clock=ticking)
+        return Opened(url=url, database=database, kms=kms, clock=ticking, opened=self._opened)
 
     def close(self) -> None:
         for database in self._opened:

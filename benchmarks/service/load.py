@@ -2,7 +2,7 @@
 
     python benchmarks/service/load.py --out benchmarks/service/load.json [--seconds 20] [--quick]
 
-Starts the real service (as `filigrane serve --init` does) on the loopback with one worker, SQLite and
+Starts the real service (as `filigrane serve` does) on the loopback with one worker, SQLite and
 a local root, makes keys over HTTP, and sends requests from a process of its own: plain sockets, one
 request at a time on each of some connections, every answer read to its end and checked.
 

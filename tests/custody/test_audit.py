@@ -565,3 +565,26 @@ def test_timestamps() -> None:
     assert timestamp(datetime(999, 1, 1, tzinfo=UTC)) == "0999-01-01T00:00:00.000Z"
     with pytest.raises(ValueError, match="time zone"):
         timestamp(datetime(2026, 11, 2))
+
+
+def chained(entries: list[Record]) -> list[dict[str, Any]]:
+    """Lines whose hashes fit, whatever the records say."""
+    made, previous = [], genesis(entries[0].tenant)
+    for entry in entries:
+        previous = link(previous, entry)
+        made.append({"record": entry.to_json(), "hash": previous.hex()})
+    return made
+
+
+def test_hashes_that_fit_do_not_excuse_a_wrong_number_or_tenant() -> None:
+    with pytest.raises(AuditError, match="record 1 is missing"):
+        verify_log(chained([record(0), record(2)]), JWKS)
+    with pytest.raises(AuditError, match="record 1 is of globex"):
+        verify_log(chained([record(0), record(1, "globex")]), JWKS)
+
+
+def test_a_checkpoint_with_the_right_head_and_another_root_fails() -> None:
+    head = chain(4)[-1][1]
+    wrong = sign_checkpoint("acme", size=4, head=head, root=bytes(32), at=AT, signer=LOG)
+    with pytest.raises(AuditError, match="forked"):
+        verify_log([*lines(4), {"checkpoint": wrong.to_json()}], JWKS)

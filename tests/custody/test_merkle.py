@@ -250,3 +250,13 @@ def test_proofs_stay_short() -> None:
     tree = Tree(n.to_bytes(4, "big") for n in range(1 << 14))
     assert len(tree.inclusion(12345)) == 14
     assert len(tree.consistency(12345)) <= 15
+
+
+def test_a_proof_of_a_smaller_tree_does_not_serve_a_larger_one() -> None:
+    tree = Tree(numbered(8))
+    with pytest.raises(AuditError):
+        verify_inclusion(b"leaf 0", 0, 8, [], tree.root(1))
+    with pytest.raises(AuditError):
+        verify_inclusion(b"leaf 1", 1, 8, tree.inclusion(1, 4), tree.root(4))
+    with pytest.raises(AuditError):
+        verify_consistency(2, tree.root(2), 8, tree.root(4), tree.consistency(2, 4))

@@ -3,7 +3,10 @@
 import json
 import os
 import random
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +16,8 @@ import httpx2
 import pytest
 from hypothesis import HealthCheck, settings
 
+from filigrane.service.settings import Settings
+from servers import free_port
 from servicekit import OTHER, Service, prepare, problem, running
 
 CANARY = "zq7xcanarytext"
@@ -386,3 +391,38 @@ def test_many_clients_at_once(service: Service) -> None:
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+def test_the_command_writes_serves_and_stops(tmp_path: Path) -> None:
+    """`filigrane serve --init FOLDER`: from nothing to an answer, until Ctrl-C."""
+    folder = tmp_path / "first"
+    # The default port may be taken on the machine that runs the tests: write, then change it.
+    Settings.initial(folder)
+    config = folder / "filigrane.toml"
+    port = free_port()
+    config.write_text(config.read_text().replace("port = 8470", f"port = {port}"))
+    command = [sys.executable, "-m", "filigrane", "serve", "--init", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"filigrane serves http://127.0.0.1:{port}\n"
+        tokens = json.loads((folder / "tokens.json").read_text())
+        headers = {"Authorization": f"Bearer {tokens['auditor']}"}
+        who = httpx2.get(f"http://127.0.0.1:{port}/v1/whoami", headers=headers)
+        assert who.json()["tenant"] == "demo"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+        assert (process.returncode, out) == (0, "")
+        assert "Traceback" not in err
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
+    config = tmp_path / "filigrane.toml"
+    config.write_text("[kms]\nprovider = 'local'\npath = 'x'\npassphrase_file = 'y'\n")
+    command = [sys.executable, "-m", "filigrane", "serve", "--config", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "Traceback" not in done.stderr and "filigrane keys migrate" in done.stderr

@@ -295,12 +295,12 @@ class Tap:
                 threading.Thread(target=self._join, args=(here,), daemon=True).start()
 
     def _join(self, here: socket.socket) -> None:
-        with here, suppress(OSError):
-            with socket.create_connection(("127.0.0.1", self.target)) as there:
-                back = threading.Thread(target=self._pass, args=(there, here), daemon=True)
-                back.start()
-                self._pass(here, there)
-                back.join()
+        target = ("127.0.0.1", self.target)
+        with suppress(OSError), here, socket.create_connection(target) as there:
+            back = threading.Thread(target=self._pass, args=(there, here), daemon=True)
+            back.start()
+            self._pass(here, there)
+            back.join()
 
     def _pass(self, one: socket.socket, two: socket.socket) -> None:
         with suppress(OSError):
@@ -455,8 +455,10 @@ def test_a_key_from_its_making_to_its_end(leasing: Service, tmp_path: Path) -> N
             leasing.stop(signal.SIGKILL)
             killed = time.monotonic()
             assert engine.key() == "demo.chat@2"
-            until(lambda: engine.key() is None, "it marks beyond its lease")
-            assert LEASE_S / 2 - 2 < time.monotonic() - killed < LEASE_S + 4
+            asked = time.monotonic()
+            while engine.key() is not None:
+                last, asked = asked, time.monotonic()
+                assert last - killed < LEASE_S + 1, "it marks beyond its lease"
             assert engine.reason() == engine.reason(filigrane_mark=True) == "lease_expired"
             assert engine.ask(filigrane_mark=False)[1]["filigrane"]["marked"] is False
             assert watching.poll() is None

@@ -95,7 +95,7 @@ def test_identities_and_networks_are_limited(book: Book, text: str) -> None:
     assert [ask("ann", "10.0.0.1") for _ in range(4)] == ["ok"] * 3 + ["identity"]
     # Another address does not help an identity, nor another identity its network.
     assert ask("ann", "10.9.9.9") == "identity"
-    assert [ask(f"bob{i}", "10.0.0.2") for i in range(4)] == ["ok"] * 3 + ["network"]
+    assert [ask(f"bob{i}", "10.0.0.2") for i in range(5)] == ["ok"] * 4 + ["network"]
     assert ask("carol", "10.0.1.2") == "ok"
     assert ask(None, "10.0.2.2") == "ok" and ask("dora", None) == "ok"
     assert ask("ann", "10.0.3.1", tenant="other") == "ok"
@@ -147,13 +147,13 @@ def test_a_text_that_drifts_keeps_its_budget() -> None:
         now[rng.integers(len(now))] = f"word{i}"
         answered += alike.spend("t", " ".join(now)) == 0.0
     # The text at the end has hardly a word in common with the first one.
-    assert answered <= 32
+    assert answered <= 31
 
 
 @pytest.mark.parametrize(
     "disguise",
     [
-        lambda text, i: text.upper() if i % 2 else text + "!" * i,
+        lambda text, i: (text.upper() if i % 2 else text) + "!" * i,
         lambda text, i: text.replace(" ", "\u00a0", i + 1),
         lambda text, i: "\u200b" * i + text,
         lambda text, i: text.replace(" ", " " * (i + 2)),

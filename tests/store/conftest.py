@@ -18,9 +18,13 @@ def cluster() -> Iterator[pgkit.Cluster]:
 
 
 @pytest.fixture(scope="session")
-def kms(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRoot]:
-    path = tmp_path_factory.mktemp("root") / "root"
-    root = LocalRoot.create(path, _Secret("a passphrase for tests alone"))
+def root_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("root") / "root"
+
+
+@pytest.fixture(scope="session")
+def kms(root_path: Path) -> Iterator[LocalRoot]:
+    root = LocalRoot.create(root_path, _Secret("a passphrase for tests alone"))
     yield root
     root.close()
 

@@ -31,7 +31,7 @@ from filigrane.keys import Key
 from filigrane.kms.base import KeyManagement
 from filigrane.store.checking import log_pvalue
 
-SEQUENCES = int(os.environ.get("FILIGRANE_SEQUENCES", "4"))
+SEQUENCES = int(os.environ.get("FILIGRANE_SEQUENCES", "2"))
 STEPS = 30
 TENANT = "acme"
 MODELS = ("small", "large")

@@ -344,7 +344,7 @@ class AwsRoot:
                     f"the AWS SDK cannot ask {self._where} ({type(error).__name__}): check "
                     "credentials and settings."
                 )
-            except (KeyError, TypeError, ValueError):
+            except (AttributeError, KeyError, TypeError, ValueError):
                 problem = KmsError(f"{self._where} answered, but not as AWS KMS does.")
             break
         if absent and missing is not None:

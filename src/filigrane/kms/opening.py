@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from filigrane.errors import KmsError
-from filigrane.keys import _Secret
+from filigrane.keys import _open_to_others, _Secret
 from filigrane.kms.base import KeyManagement
 
 __all__ = ["PROVIDERS", "create_kms", "open_kms"]
@@ -92,7 +92,7 @@ def _read_secret(name: str, file: str | None, variable: str | None) -> _Secret[s
         # Opened first and looked at after, so that what is checked is what is read.
         with open(file, "rb") as stream:
             about = os.fstat(stream.fileno())
-            if about.st_mode & 0o077:
+            if _open_to_others(about):
                 raise KmsError(
                     f"{file}: others may use this file, which holds the {name}; make it yours "
                     f"alone with: chmod 600 {file}; and if somebody may have read it, change it."

@@ -408,6 +408,8 @@ class Pkcs11Root:
             )
         for number in numbers:
             for use in ("mac", "wrap"):
+                # Looked up anew: another key may have taken the name since.
+                opened.keys.pop(self._name(use, number), None)
                 key = self._key(opened, use, number)
                 if key[Attribute.EXTRACTABLE] or not key[Attribute.SENSITIVE]:
                     raise KmsError(

@@ -324,6 +324,7 @@ class TransitRoot:
         """One request. twice: a connection that broke is tried again; refused: explains a 400."""
         where = host_of(self._address)
         problem: KmsError
+        bad_request = False
         for attempt in (1, 2):
             client = self._client.reveal()
             if client is None:
@@ -349,6 +350,7 @@ class TransitRoot:
                     f"{where} is sealed, starting or overloaded; try again later."
                 )
             except refusals.InvalidRequest:
+                bad_request = True
                 problem = KmsError(f"{where} does not take this request for {self._key}.")
             except refusals.VaultError:
                 problem = KmsError(f"{where} refuses what is asked of the key {self._key}.")
@@ -365,10 +367,10 @@ class TransitRoot:
                     continue
             except requests.exceptions.RequestException:
                 problem = KmsUnavailable(f"{where} does not answer within its time limit.")
-            except (ValueError, TypeError, KeyError):
+            except (AttributeError, KeyError, TypeError, ValueError):
                 problem = self._nonsense()
             break
-        if refused is not None and type(problem) is KmsError and "not take" in str(problem):
+        if refused is not None and bad_request:
             refused()
         raise problem from None
 

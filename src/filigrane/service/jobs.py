@@ -6,6 +6,7 @@ database does not answer, chunks go back undone: nothing that was not tested get
 could be read as "no mark". An item that cannot be tested gets a problem instead of a verdict.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -137,20 +138,23 @@ class Worker:
 
     def _do(self, chunk: "Chunk") -> bool:
         """Whether a chunk was worked through; False if something that it needs is missing."""
+        jobs = self._office.jobs
         started = time.monotonic()
         results = []
         options = Options.model_validate_json(chunk.options)
-        for _, content in chunk.items:
-            if self._stopping.is_set():
-                self._office.jobs.release(chunk)
-                return True
-            try:
+        try:
+            for _, content in chunk.items:
+                if self._stopping.is_set():
+                    jobs.release(chunk)
+                    return True
                 results.append(self._result(chunk.tenant, options, content))
-            except (KmsError, StoreError) as error:
-                telemetry.event("job_waits", {"error": type(error).__name__}, level="warning")
-                self._office.jobs.release(chunk)
-                return False
-        kept = self._office.jobs.finish(chunk, results)
+            kept = jobs.finish(chunk, results)
+        except (KmsError, StoreError) as error:
+            telemetry.event("job_waits", {"error": type(error).__name__}, level="warning")
+            # If that fails too, the lease ends by itself.
+            with contextlib.suppress(StoreError):
+                jobs.release(chunk)
+            return False
         telemetry.JOB_ITEMS.labels("done" if kept else "dropped").inc(len(results))
         # A chunk should take a small part of its lease, or it is lost to the next worker.
         pace = (time.monotonic() - started) / len(results)

@@ -128,6 +128,13 @@ class PublicAnswer:
         return dataclasses.replace(self.finding, verdict=self.verdict, key_id=None)
 
 
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    group: int
+    bands: tuple[bytes, ...]
+    answered: bool
+
+
 class NearDuplicates:
     """Counts texts that are nearly alike, without keeping them. Thread-safe.
 
@@ -169,24 +176,31 @@ class NearDuplicates:
         with self._lock:
             if born != self._born:
                 return 0.0
-            if digest in self._texts:
-                return 0.0
-            group = self._group_of(bands)
-            if self._sizes.get(group, 0) >= self._budget:
-                return max(1.0, self._lifetime_s - (self._clock() - born))
-            self._sizes[group] = self._sizes.get(group, 0) + 1
-            self._texts[digest] = (group, bands)
-            for band in bands:
-                self._groups[band] = group
-            while len(self._texts) > self._most:
-                _, (old, gone) = self._texts.popitem(last=False)
-                for band in gone:
-                    if self._groups.get(band) == old:
-                        del self._groups[band]
-                self._sizes[old] -= 1
-                if not self._sizes[old]:
-                    del self._sizes[old]
-        return 0.0
+            known = self._texts.get(digest)
+            group = self._group_of(bands) if known is None else known.group
+            answered = (
+                known.answered if known is not None else (self._sizes.get(group, 0) < self._budget)
+            )
+            if known is None:
+                # What is not answered joins as well, or somebody could walk away unseen.
+                self._remember(digest, _Counted(group, bands, answered))
+        return 0.0 if answered else max(1.0, self._lifetime_s - (self._clock() - born))
+
+    def _remember(self, digest: bytes, counted: _Counted) -> None:
+        self._texts[digest] = counted
+        if counted.answered:
+            self._sizes[counted.group] = self._sizes.get(counted.group, 0) + 1
+        for band in counted.bands:
+            self._groups[band] = counted.group
+        while len(self._texts) > self._most:
+            _, old = self._texts.popitem(last=False)
+            for band in old.bands:
+                if self._groups.get(band) == old.group:
+                    del self._groups[band]
+            if old.answered:
+                self._sizes[old.group] -= 1
+                if not self._sizes[old.group]:
+                    del self._sizes[old.group]
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -194,7 +208,7 @@ class NearDuplicates:
     def _renew(self) -> None:
         self._born = self._clock()
         self._key = secrets.token_bytes(32)
-        self._texts: OrderedDict[bytes, tuple[int, tuple[bytes, ...]]] = OrderedDict()
+        self._texts: OrderedDict[bytes, _Counted] = OrderedDict()
         self._groups: dict[bytes, int] = {}
         self._sizes: dict[int, int] = {}
         self._next = 0

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
 
 from filigrane.custody.hierarchy import check_name
 from filigrane.errors import FiligraneError
-from filigrane.keys import _Secret
+from filigrane.keys import _open_to_others, _Secret
 
 if TYPE_CHECKING:
     from filigrane.service.office import Office
@@ -346,7 +346,7 @@ def settings_path(named: str | os.PathLike[str] | None) -> Path:
 def secret_line(path: Path, what: str) -> _Secret[str]:
     """The one line of a file that only its owner can read; FiligraneError otherwise."""
     try:
-        if path.stat().st_mode & 0o077:
+        if _open_to_others(path.stat()):
             raise FiligraneError(f"{what}: others may read {path}; run chmod 600 on it.")
         text = _Secret(path.read_text("utf-8").strip("\r\n"))
     except (OSError, UnicodeDecodeError):

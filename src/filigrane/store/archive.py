@@ -182,7 +182,7 @@ def _opened(data: bytes, jwks: Mapping[str, Any]) -> Mapping[str, Any]:
         raise damaged from None
     try:
         audit.public_key(jwks, name).verify(raw, _signed(body))
-    except InvalidSignature:
+    except (InvalidSignature, AuditError):
         raise AuditError(
             "this archive was altered, or was made under another root: nothing was restored."
         ) from None

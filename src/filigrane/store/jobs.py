@@ -14,7 +14,7 @@ from typing import Any, Final, final
 
 from sqlalchemy import Connection, Row, and_, delete, func, insert, or_, select, update
 
-from filigrane.errors import KeyFormatError, NotFound, StateError
+from filigrane.errors import KeyFormatError, KmsError, NotFound, StateError
 from filigrane.keys import _lp, _Secret
 from filigrane.kms.base import KeyManagement
 from filigrane.store import tables
@@ -160,12 +160,15 @@ class Jobs:
 
     def release(self, chunk: Chunk) -> None:
         """Give items back undone, for others, as if they had never been claimed."""
+        self._release(chunk.tenant, chunk.job, chunk.lease)
+
+    def _release(self, tenant: str, job: str, lease: str) -> None:
         table = tables.items
-        mine = (table.c.tenant == chunk.tenant) & (table.c.job == chunk.job)
-        with self._database.tenant(chunk.tenant) as connection:
+        mine = (table.c.tenant == tenant) & (table.c.job == job)
+        with self._database.tenant(tenant) as connection:
             connection.execute(
                 update(table)
-                .where(mine, table.c.lease == chunk.lease)
+                .where(mine, table.c.lease == lease)
                 .values(lease=None, lease_until=None, attempts=table.c.attempts - 1)
             )
 
@@ -309,7 +312,12 @@ class Jobs:
             self._give_up(tenant, job, tired, bytes(found.results_key), at)
         if not rows:
             return None
-        key = self._data_key(tenant, job, "items", bytes(found.items_key))
+        try:
+            key = self._data_key(tenant, job, "items", bytes(found.items_key))
+        except KmsError:
+            # Nobody has tried them: that is no attempt.
+            self._release(tenant, job, lease)
+            raise
         return Chunk(
             tenant=tenant,
             job=job,

@@ -63,6 +63,7 @@ def cut(
         start = max(start, last)
         if start > last:
             found.append(_between(text[last:start], short))
+            last = start
         if stop > start:
             found.append(Stretch(number, _pieces(text, start, stop, evidence, offsets)))
             last = stop

@@ -22,7 +22,7 @@ from starlette.responses import RedirectResponse, Response
 from filigrane.custody.hierarchy import KeySpec
 from filigrane.errors import FiligraneError, NotFound
 from filigrane.keys import _Secret
-from filigrane.service import problems
+from filigrane.service import problems, telemetry
 from filigrane.service.auth import check_roles, office_of
 from filigrane.service.detecting import CAUTIONS, Finding, Query
 from filigrane.service.office import Office
@@ -74,6 +74,7 @@ _TITLES: Final = {
     415: "That could not be read",
     422: "That cannot be used as it is",
     429: "Please wait a little",
+    500: "Something went wrong here",
     503: "Not available at the moment",
 }
 
@@ -773,6 +774,10 @@ async def _for(
             return Response(status_code=200, headers={**HEADERS, "HX-Redirect": "/login"})
         return _moved("/login")
     except (FiligraneError, HTTPException) as error:
+        return await _failed(request, error, visitor)
+    except Exception as error:
+        # People get a page, whatever happened; the log gets its line.
+        telemetry.failure(request.scope, error)
         return await _failed(request, error, visitor)
 
 

@@ -1,0 +1,133 @@
+"""The log in the database: chained, signed, proved, exported, and noticed when altered."""
+
+import io
+import json
+
+import pytest
+from sqlalchemy import create_engine, text
+
+import storekit
+from filigrane.custody import merkle
+from filigrane.custody.audit import read_lines, verify_checkpoint, verify_log
+from filigrane.errors import AuditError, NotFound
+
+
+def lines(store: storekit.Opened) -> list[dict[str, object]]:
+    out = io.BytesIO()
+    store.log.export("acme", out)
+    return [json.loads(line) for line in out.getvalue().splitlines()]
+
+
+def test_records_and_checkpoints(store: storekit.Opened) -> None:
+    log = store.log
+    assert log.latest("acme") is None
+    for number in range(5):
+        index = log.append("acme", "ann", "a.note", {"number": number})
+        assert index == number + 1
+    assert [r.facts.get("number") for r in log.records("acme", 2, 4)] == [1, 2]
+    first = log.checkpoint("acme")
+    assert first.size == 6 and first.key_id == f"log-{max(store.kms.versions())}"
+    assert log.checkpoint("acme") == first == log.latest("acme")
+    store.kms.rotate()
+    log.append("acme", "ann", "a.note", {"number": 5})
+    second = log.checkpoint("acme")
+    assert second.key_id == f"log-{max(store.kms.versions())}" and second.size == 7
+    jwks = log.jwks()
+    for point in (first, second):
+        verify_checkpoint(point, jwks)
+    assert all("d" not in key for key in jwks["keys"])
+    written = [line for line in lines(store) if "record" in line]
+    for index, line in enumerate(written):
+        proof = [bytes.fromhex(part) for part in log.inclusion("acme", index, 7)]
+        leaf = bytes.fromhex(str(line["hash"]))
+        merkle.verify_inclusion(leaf, index, 7, proof, bytes.fromhex(second.root))
+    parts = [bytes.fromhex(part) for part in log.consistency("acme", 6, 7)]
+    roots = [bytes.fromhex(point.root) for point in (first, second)]
+    merkle.verify_consistency(6, roots[0], 7, roots[1], parts)
+    with pytest.raises(AuditError):
+        log.inclusion("acme", 7, 7)
+    with pytest.raises(AuditError):
+        log.inclusion("acme", 0, 8)
+    for act in (log.records, log.checkpoint, log.latest, log.size):
+        with pytest.raises(NotFound):
+            act("nobody")
+    report = store.verify("acme")
+    assert (report.n_records, report.n_checkpoints, report.n_covered) == (7, 2, 7)
+    # Another process, with another cache, says the same.
+    other = store.again()
+    assert other.log.checkpoint("acme") == second
+    other.database.close()
+
+
+def test_facts_that_cannot_be_logged(store: storekit.Opened) -> None:
+    size = store.log.size("acme")
+    for facts in ({"score": 0.5}, {"Bad": 1}, {"nested": {"a": 1}}):
+        with pytest.raises(AuditError):
+            store.log.append("acme", "ann", "a.note", facts)  # type: ignore[arg-type]
+    with pytest.raises(AuditError):
+        store.log.append("acme", "", "a.note", {})
+    with pytest.raises(NotFound):
+        store.log.append("nobody", "ann", "a.note", {})
+    assert store.log.size("acme") == size
+
+
+def test_a_transaction_takes_its_records_with_it(store: storekit.Opened) -> None:
+    size = store.log.size("acme")
+    with pytest.raises(ZeroDivisionError), store.database.tenant("acme") as connection:
+        store.log.append("acme", "ann", "a.note", {}, connection=connection)
+        assert store.log.size("acme") == size or store.database.dialect == "sqlite"
+        _ = 1 / 0
+    assert store.log.size("acme") == size
+    with store.database.tenant("acme") as connection:
+        for _ in range(2):
+            store.log.append("acme", "ann", "a.note", {}, connection=connection)
+    assert store.log.size("acme") == size + 2
+    store.verify("acme")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE log SET actor = 'eve' WHERE position = 3",
+        "UPDATE log SET facts = '{\"number\":9}' WHERE position = 3",
+        "UPDATE log SET at = '2020-01-01T00:00:00.000Z' WHERE position = 0",
+        "DELETE FROM log WHERE position = 3",
+        "DELETE FROM log WHERE position >= 3",
+        "UPDATE log SET hash = (SELECT hash FROM log WHERE position = 1) WHERE position = 3",
+    ],
+)
+def test_what_was_altered_is_not_signed(
+    stores: storekit.Stores, store: storekit.Opened, statement: str
+) -> None:
+    for number in range(5):
+        store.log.append("acme", "ann", "a.note", {"number": number})
+    kept = store.log.checkpoint("acme")
+    owner = store.url if stores.dialect == "sqlite" else stores.owner_of(store.url)
+    engine = create_engine(owner.replace("postgresql://", "postgresql+psycopg://"))
+    with engine.begin() as connection:
+        # A database administrator can take the triggers away.
+        if stores.dialect == "sqlite":
+            for verb in ("update", "delete"):
+                connection.execute(text(f"DROP TRIGGER log_no_{verb}"))
+        else:
+            connection.execute(text("SELECT set_config('filigrane.tenant', 'acme', true)"))
+            connection.execute(text("SET session_replication_role = replica"))
+        connection.exec_driver_sql(statement)
+    engine.dispose()
+    fresh = store.again()
+    with pytest.raises(AuditError):
+        verify_log(read_lines(_exported(fresh)), fresh.log.jwks(), kept)
+    fresh.log.append("acme", "ann", "a.note", {})
+    if "position >= 3" not in statement:
+        with pytest.raises(AuditError, match="altered or removed"):
+            fresh.log.checkpoint("acme")
+    with pytest.raises(AuditError):
+        verify_log(read_lines(_exported(fresh)), fresh.log.jwks(), kept)
+    fresh.database.close()
+
+
+def _exported(store: storekit.Opened) -> io.BytesIO:
+    out = io.BytesIO()
+    store.log.export("acme", out)
+    out.seek(0)
+    return out
