@@ -83,7 +83,10 @@ def changed(value):
         return not value
     if isinstance(value, int | float):
         return value + 1
-    at = next(i for i in reversed(range(len(value))) if value[i] in "0123456789abcdef")
+    digits = [i for i in range(len(value)) if value[i] in "0123456789abcdef"]
+    if not digits:
+        return value + "0"
+    at = digits[-1]
     return value[:at] + ("1" if value[at] == "0" else "0") + value[at + 1 :]
 
 

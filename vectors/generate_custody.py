@@ -1,10 +1,11 @@
-"""Write vectors/v1/custody.json: keys of a provider, from root to version, and their commitments.
+"""Write vectors/v1/custody.json: keys of a provider from root to version, and its log.
 
     python vectors/generate_custody.py
 
 Derived here with hmac and hashlib alone; vectors/verify.py derives it again from its own lines.
 """
 
+import base64
 import hashlib
 import hmac
 import json
@@ -53,6 +54,59 @@ def version(root: bytes, case: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def merkle(leaves: list[bytes]) -> bytes:
+    """The root of RFC 6962, section 2.1."""
+    if not leaves:
+        return hashlib.sha256(b"").digest()
+    if len(leaves) == 1:
+        return hashlib.sha256(b"\x00" + leaves[0]).digest()
+    half = 1 << ((len(leaves) - 1).bit_length() - 1)
+    both = merkle(leaves[:half]) + merkle(leaves[half:])
+    return hashlib.sha256(b"\x01" + both).digest()
+
+
+def log(case: Mapping[str, Any]) -> dict[str, Any]:
+    """Chain, root, the text of a checkpoint and the seed of the key that signs it."""
+    name, records = case["tenant"], case["records"]
+    head = hashlib.sha256(b"filigrane/v1/audit/genesis" + lp(name)).digest()
+    hashes = []
+    for record in records:
+        # RFC 8785 sorts by UTF-16 units; these names are ASCII.
+        text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        head = hashlib.sha256(b"filigrane/v1/audit/record" + head + text.encode()).digest()
+        hashes.append(head)
+    root = merkle(hashes)
+    lines = [f"filigrane/{name}", str(len(records)), base64.b64encode(root).decode()]
+    lines += [f"head {head.hex()}", f"at {case['at']}"]
+    seed = hmac.digest(bytes.fromhex(case["root"]), b"filigrane/v1/sign/log", "sha256")
+    return {
+        "hashes": [value.hex() for value in hashes],
+        "checkpoint": "".join(f"{line}\n" for line in lines),
+        "seed": seed.hex(),
+    }
+
+
+def records(tenant: str, count: int) -> list[dict[str, Any]]:
+    """Records with every kind of fact."""
+    return [
+        {
+            "tenant": tenant,
+            "index": index,
+            "at": f"2026-11-02T09:30:{index:02d}.{index:03d}Z",
+            "actor": ["marie", "engine:gpu-1", 'Zoë "1"\n€'][index % 3],
+            "kind": ["key.create", "key.promote", "receipt.issue"][index % 3],
+            "facts": {
+                "key": f"{tenant}.chat@{index + 1}",
+                "none": None,
+                "yes": index % 2 == 0,
+                "number": (-1) ** index * (2**53 - 1 - index),
+                "who": ["b", "a"][: index % 3],
+            },
+        }
+        for index in range(count)
+    ]
+
+
 def content() -> dict[str, Any]:
     """The whole file."""
     roots = [bytes(range(32)), hashlib.sha256(b"another root of the vectors").digest()]
@@ -88,8 +142,19 @@ def content() -> dict[str, Any]:
         keyed = hmac.digest(expand(above, b"filigrane/v1/content"), plain, "sha256").hex()
         inputs = {"tenant_secret": above.hex(), "content_sha256": plain.hex()}
         hashes.append(sealed(inputs, {"content_hash": keyed}))
-    about = "Keys of a provider: SPEC.md 1.3. The secrets are public: never mark with them."
-    return {"about": about, "versions": versions, "imported": imported, "content": hashes}
+    logs = []
+    for name, count in [("acme", 0), ("acme", 1), ("acme", 2), ("acme", 7), ("zeta-9", 8)]:
+        case = {"root": roots[0].hex(), "tenant": name, "at": "2026-11-02T10:00:00.000Z"}
+        case |= {"records": records(name, count)}
+        logs.append(sealed(case, log(case)))
+    about = "Keys and logs of a provider: SPEC.md 1.3, 1.4. Public secrets: never mark with them."
+    return {
+        "about": about,
+        "versions": versions,
+        "imported": imported,
+        "content": hashes,
+        "logs": logs,
+    }
 
 
 if __name__ == "__main__":

@@ -156,6 +156,32 @@ def content_case(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def tree(leaves: Sequence[bytes]) -> bytes:
+    """The root of a Merkle tree, RFC 6962: level by level, an odd one moves up as it is."""
+    level = [hashlib.sha256(b"\0" + leaf).digest() for leaf in leaves]
+    while len(level) > 1:
+        pairs = [level[i : i + 2] for i in range(0, len(level), 2)]
+        level = [hashlib.sha256(b"\1" + b"".join(p)).digest() if p[1:] else p[0] for p in pairs]
+    return level[0] if level else hashlib.sha256().digest()
+
+
+def log_case(case: dict[str, Any]) -> dict[str, Any]:
+    """A case of custody.json, `logs`."""
+    chain = [hashlib.sha256(b"filigrane/v1/audit/genesis" + lp(case["tenant"].encode())).digest()]
+    for record in case["records"]:
+        line = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        data = b"filigrane/v1/audit/record" + chain[-1] + line.encode("utf-8")
+        chain.append(hashlib.sha256(data).digest())
+    root = base64.b64encode(tree(chain[1:])).decode()
+    where = f"filigrane/{case['tenant']}\n{len(case['records'])}\n{root}\n"
+    secret = bytes.fromhex(case["root"])
+    return {
+        "hashes": [value.hex() for value in chain[1:]],
+        "checkpoint": f"{where}head {chain[-1].hex()}\nat {case['at']}\n",
+        "seed": hmac.new(secret, b"filigrane/v1/sign/log", "sha256").hexdigest(),
+    }
+
+
 # --- the PRF ---------------------------------------------------------------------------------
 
 
@@ -787,7 +813,12 @@ def stats_value(section: str, row: dict[str, Any]) -> Decimal | list[Decimal] | 
 CASES: dict[str, dict[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
     "prf": {"chacha": chacha_case, "block": block_case, "field": field_case},
     "contexts": {"cases": contexts_case},
-    "custody": {"versions": version_case, "imported": imported_case, "content": content_case},
+    "custody": {
+        "versions": version_case,
+        "imported": imported_case,
+        "content": content_case,
+        "logs": log_case,
+    },
     "schemes": {
         "detect": detect_case,
         "trace": trace_case,

@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,6 +153,21 @@ def test_golden_log_by_an_independent_implementation() -> None:
     signature = Ed25519PrivateKey.from_private_bytes(seed).sign(body.encode())
     assert base64.urlsafe_b64encode(signature).decode().rstrip("=") == made.signature
     assert made.signature == GOLDEN_SIGNATURE
+
+
+def test_logs_are_the_golden_ones() -> None:
+    file = Path(__file__).parents[2] / "vectors" / "v1" / "custody.json"
+    for case in json.loads(file.read_text("utf-8"))["logs"]:
+        hashes, head = [], genesis(case["tenant"])
+        for entry in case["records"]:
+            head = link(head, Record.from_json(entry))
+            hashes.append(head)
+        assert [value.hex() for value in hashes] == case["hashes"]
+        key = signer(_Secret(bytes.fromhex(case["seed"])), "log-1")
+        made = checkpoint(case["tenant"], hashes, case["at"], key)
+        jwks = {"keys": [key.public_jwk()]}
+        verify_checkpoint(made, jwks)
+        assert note(made, jwks).startswith(case["checkpoint"] + "\n")
 
 
 def test_a_log_verifies() -> None:

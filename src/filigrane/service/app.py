@@ -115,11 +115,9 @@ _REFUSALS: Final = {
 
 def _routers(office: Office) -> Iterable[APIRouter]:
     for name in ROUTES:
-        with contextlib.suppress(ModuleNotFoundError):
-            yield importlib.import_module(f"filigrane.service.routes.{name}").router
+        yield importlib.import_module(f"filigrane.service.routes.{name}").router
     if office.settings.web.enabled:
-        with contextlib.suppress(ModuleNotFoundError):
-            yield importlib.import_module("filigrane.service.web.routes").router
+        yield importlib.import_module("filigrane.service.web.routes").router
 
 
 def _handle_errors(app: FastAPI) -> None:

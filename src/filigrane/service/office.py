@@ -7,13 +7,20 @@ import contextlib
 import dataclasses
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from filigrane.service.settings import Settings
 
 if TYPE_CHECKING:
     from filigrane.kms.base import KeyManagement
+    from filigrane.service.coverage import Coverage
+    from filigrane.service.detecting import Detector
     from filigrane.service.gatekeeper import Gatekeeper
+    from filigrane.service.leases import Leases
+    from filigrane.service.public import PublicLimits, PublicTier
+    from filigrane.service.receipts import Receipts
+    from filigrane.service.tokenizing import Tokenizers
+    from filigrane.service.tracing import Tracer
     from filigrane.store.access import Access
     from filigrane.store.database import Database
     from filigrane.store.jobs import Jobs
@@ -35,13 +42,13 @@ class Office:
     log: "Log"
     jobs: "Jobs"
     gatekeeper: "Gatekeeper"
-    tokenizers: Any = None
-    detector: Any = None
-    tracer: Any = None
-    receipts: Any = None
-    public: Any = None
-    leases: Any = None
-    coverage: Any = None
+    tokenizers: "Tokenizers"
+    detector: "Detector"
+    tracer: "Tracer"
+    receipts: "Receipts"
+    public: "PublicTier"
+    leases: "Leases"
+    coverage: "Coverage"
     _closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)
 
     def close(self) -> None:
@@ -66,21 +73,40 @@ def open_office(settings: Settings) -> Office:
     Raises KmsError, StoreError or FiligraneError, saying what to do; nothing stays open then.
     """
     from filigrane.kms.opening import open_kms
+    from filigrane.service.coverage import Coverage
+    from filigrane.service.detecting import Detector
     from filigrane.service.gatekeeper import Gatekeeper
+    from filigrane.service.leases import Leases
+    from filigrane.service.public import PublicTier
+    from filigrane.service.receipts import Receipts
+    from filigrane.service.tokenizing import Tokenizers
+    from filigrane.service.tracing import Tracer
     from filigrane.store.access import Access
     from filigrane.store.database import Database
     from filigrane.store.jobs import Jobs
     from filigrane.store.keys import KeyBook
     from filigrane.store.log import Log
 
+    lifetime_s = settings.limits.secret_lifetime_s
     with contextlib.ExitStack() as closing:
         database = Database.open(settings.database.open_url().reveal())
         closing.callback(database.close)
         kms = open_kms(settings.kms)
         closing.callback(kms.close)
-        access = Access(database)
-        log = Log(database, kms)
-        keybook = KeyBook(database, kms, secret_lifetime_s=settings.limits.secret_lifetime_s)
+        access, log = Access(database), Log(database, kms)
+        keybook = KeyBook(database, kms, secret_lifetime_s=lifetime_s)
+        tokenizers = Tokenizers(settings.tokenizers)
+        receipts = Receipts(log, kms, secret_lifetime_s=lifetime_s)
+        detector = Detector(
+            keybook,
+            tokenizers,
+            receipts=receipts,
+            revalidate_s=settings.detector.revalidate_s,
+            lifetime_s=lifetime_s,
+            outage_s=settings.limits.outage_s,
+        )
+        tracer = Tracer(detector, access, log, receipts)
+        closing.callback(tracer.close)
         office = Office(
             settings=settings,
             database=database,
@@ -90,42 +116,31 @@ def open_office(settings: Settings) -> Office:
             log=log,
             jobs=Jobs(database, kms),
             gatekeeper=Gatekeeper(access, settings),
+            tokenizers=tokenizers,
+            detector=detector,
+            tracer=tracer,
+            receipts=receipts,
+            public=PublicTier(detector, _public_limits(settings)),
+            leases=Leases(
+                keybook, access, log, lifetime_s=settings.engine.lease_s, clock=database.clock
+            ),
+            coverage=Coverage(log, clock=database.clock),
         )
-        _open_rest(office, closing)
         office._closing = closing.pop_all()
     return office
 
 
-def _open_rest(office: Office, closing: contextlib.ExitStack) -> None:
-    """Detector and what stands on it."""
-    from filigrane.service.detecting import Detector
-    from filigrane.service.public import PublicLimits, PublicTier
-    from filigrane.service.receipts import Receipts
-    from filigrane.service.tokenizing import Tokenizers
-    from filigrane.service.tracing import Tracer
+def _public_limits(settings: Settings) -> "PublicLimits":
+    """Tokens of this tier exist without [public], which opens it to those who have none."""
+    from filigrane.service.public import PublicLimits
 
-    settings = office.settings
-    lifetime_s, public = settings.limits.secret_lifetime_s, settings.public
-    office.tokenizers = Tokenizers(settings.tokenizers)
-    office.receipts = Receipts(office.log, office.kms, secret_lifetime_s=lifetime_s)
-    office.detector = Detector(
-        office.keybook,
-        office.tokenizers,
-        receipts=office.receipts,
-        revalidate_s=settings.detector.revalidate_s,
-        lifetime_s=lifetime_s,
-        outage_s=settings.limits.outage_s,
+    limits, public = PublicLimits(alpha=settings.detector.alpha), settings.public
+    if public is None:
+        return limits
+    return dataclasses.replace(
+        limits,
+        min_tokens=public.min_tokens,
+        per_identity=public.per_identity,
+        per_network=public.per_network,
+        near_duplicates=public.near_duplicates,
     )
-    office.tracer = Tracer(office.detector, office.access, office.log, office.receipts)
-    closing.callback(office.tracer.close)
-    # Tokens of this tier exist without [public], which opens it to those who have none.
-    limits = PublicLimits(alpha=settings.detector.alpha)
-    if public is not None:
-        limits = dataclasses.replace(
-            limits,
-            min_tokens=public.min_tokens,
-            per_identity=public.per_identity,
-            per_network=public.per_network,
-            near_duplicates=public.near_duplicates,
-        )
-    office.public = PublicTier(office.detector, limits)

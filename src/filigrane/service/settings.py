@@ -209,13 +209,11 @@ class PublicSettings:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DetectorSettings:
     """alpha: what requests that name none are tested at; revalidate_s: how long a tenant's keys are
-    used without asking the database whether they changed; without_log: whether texts are tested
-    while nothing can be logged (receipts never are issued then).
+    used without asking the database whether they changed.
     """
 
     alpha: float = 1e-6
     revalidate_s: float = 1.0
-    without_log: bool = True
 
     def __post_init__(self) -> None:
         _within("detector.alpha", self.alpha, 1e-300, 0.1)

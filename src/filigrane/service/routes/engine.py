@@ -8,8 +8,8 @@
 No answer holds a key that anybody but the engine can read.
 """
 
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from datetime import datetime
+from typing import Annotated, Final, Literal
 
 import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
@@ -17,12 +17,8 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from filigrane.adapters.leases.sealing import NONCE
 from filigrane.service.auth import office_of, require
-from filigrane.service.coverage import MOST_COUNTS, MOST_NUMBER, Count, Coverage
-from filigrane.service.leases import Leases
+from filigrane.service.coverage import MOST_COUNTS, MOST_NUMBER, Count
 from filigrane.store.records import Principal, Role
-
-if TYPE_CHECKING:
-    from filigrane.service.office import Office
 
 __all__ = ["router"]
 
@@ -101,7 +97,7 @@ class CoverageAnswer(BaseModel):
 @router.post("/lease")
 def lease(body: LeaseRequest, who: Engine, request: Request, response: Response) -> LeaseAnswer:
     """Lease the keys of the engine's models, sealed to its identity."""
-    sealed, said = _leases(office_of(request)).issue(who, body.nonce)
+    sealed, said = office_of(request).leases.issue(who, body.nonce)
     response.headers["Cache-Control"] = "no-store"
     return LeaseAnswer(
         lease=sealed,
@@ -116,15 +112,15 @@ def lease(body: LeaseRequest, who: Engine, request: Request, response: Response)
 def acknowledge(body: Proof, who: Engine, request: Request) -> None:
     """Prove, with a text that it marked, that the engine has a version."""
     proof = np.asarray(body.proof, dtype=np.int64)
-    _leases(office_of(request)).acknowledge(who, body.version, proof)
+    office_of(request).leases.acknowledge(who, body.version, proof)
 
 
 @router.post("/coverage", status_code=204)
 def report(body: CoverageReport, who: Engine, request: Request) -> None:
     """Report what the engine marked, left unmarked and refused, in numbers."""
     office = office_of(request)
-    engine = _leases(office).engine_of(who)
-    _coverage(office).report(
+    engine = office.leases.engine_of(who)
+    office.coverage.report(
         who.tenant,
         engine.name,
         [Count(outcome=c.outcome, reason=c.reason, requests=c.requests) for c in body.counts],
@@ -143,7 +139,7 @@ def coverage(
     until: AwareDatetime | None = None,
 ) -> CoverageAnswer:
     """What each engine has reported, of reports that end within these times."""
-    found = _coverage(office_of(request)).engines(who.tenant, since=since, until=until)
+    found = office_of(request).coverage.engines(who.tenant, since=since, until=until)
     return CoverageAnswer(
         engines=[
             CoverageLine(
@@ -161,28 +157,3 @@ def coverage(
             for line in found
         ]
     )
-
-
-def _leases(office: "Office") -> Leases:
-    """The office's, made at the first request that needs it."""
-    if office.leases is None:
-        office.leases = Leases(
-            office.keybook,
-            office.access,
-            office.log,
-            lifetime_s=office.settings.engine.lease_s,
-            clock=_now,
-        )
-    made: Leases = office.leases
-    return made
-
-
-def _coverage(office: "Office") -> Coverage:
-    if office.coverage is None:
-        office.coverage = Coverage(office.log, clock=_now)
-    made: Coverage = office.coverage
-    return made
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)
