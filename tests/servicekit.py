@@ -84,6 +84,14 @@ class Service:
                 # A group of its own, so that its workers end with it.
                 start_new_session=True,
             )
+        try:
+            self._wait(patience)
+        except BaseException:
+            self.stop(signal.SIGKILL)
+            raise
+
+    def _wait(self, patience: float) -> None:
+        assert self.process is not None
         deadline = time.monotonic() + patience
         while True:
             try:

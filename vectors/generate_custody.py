@@ -93,7 +93,7 @@ def records(tenant: str, count: int) -> list[dict[str, Any]]:
             "tenant": tenant,
             "index": index,
             "at": f"2026-11-02T09:30:{index:02d}.{index:03d}Z",
-            "actor": ["marie", "engine:gpu-1", 'Zoë "1"\n€'][index % 3],
+            "actor": ["marie", "engine:gpu-1", 'Zoë "1" €'][index % 3],
             "kind": ["key.create", "key.promote", "receipt.issue"][index % 3],
             "facts": {
                 "key": f"{tenant}.chat@{index + 1}",

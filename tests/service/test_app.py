@@ -266,7 +266,7 @@ def test_the_log_is_proved_and_taken_away(service: Service) -> None:
 
 def test_other_tenants_things_do_not_exist(service: Service) -> None:
     with service.client("key-admin", OTHER) as client:
-        assert client.get("/v1/keys").json()["keys"] == []
+        assert "chat" not in {key["name"] for key in client.get("/v1/keys").json()["keys"]}
         absent = client.get("/v1/keys/never-was")
         for answer in (
             client.get("/v1/keys/chat"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from playwright.sync_api import Browser, BrowserContext, Page, Route, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Route, expect, sync_playwright
 
 from filigrane.embedding import LanguageModel, Logits, embed
 from filigrane.keys import Key
@@ -18,6 +18,9 @@ from filigrane.schemes import from_tag
 from filigrane.service.office import open_office
 from filigrane.service.settings import Settings
 from servicekit import TENANT, Service
+
+# A busy machine is no reason to fail.
+expect.set_options(timeout=30_000)
 
 CHROMIUM = os.environ.get("FILIGRANE_CHROMIUM", "/usr/bin/chromium")
 AXE = Path(__file__).parent / "axe" / "axe-4.14.1.min.js"
