@@ -109,6 +109,7 @@ def twin(tokens: np.ndarray, key: fg.Key, scheme: Scheme, alpha: float) -> Local
     )
 
 
+@pytest.mark.slow
 @by_name
 def test_agrees_with_the_plain_twin(scheme: Scheme) -> None:
     long = LENGTHS[scheme.name]
@@ -141,6 +142,7 @@ def test_agrees_with_the_plain_twin(scheme: Scheme) -> None:
     assert n_spans[0] == 1 and n_spans[2] >= 2
 
 
+@pytest.mark.slow
 @by_name
 def test_chance_of_any_span_is_at_most_alpha_over_keys(scheme: Scheme) -> None:
     alpha, count = 0.3, 2000
@@ -154,6 +156,7 @@ def test_chance_of_any_span_is_at_most_alpha_over_keys(scheme: Scheme) -> None:
     assert wrong > 0.02 * count
 
 
+@pytest.mark.slow
 def test_without_the_price_of_the_windows_it_would_not_hold() -> None:
     text, scheme, alpha, count = plain(200, 11), fg.Gumbel(), 0.3, 100
     positions = scored_positions(text, 4)
@@ -169,6 +172,7 @@ def test_without_the_price_of_the_windows_it_would_not_hold() -> None:
     assert scipy_stats.binom.sf(naive - 1, count, alpha) < 1e-6
 
 
+@pytest.mark.slow
 @by_name
 def test_finds_a_marked_paragraph_in_a_long_text(scheme: Scheme) -> None:
     long = LENGTHS[scheme.name]
@@ -224,6 +228,7 @@ def test_grid_is_what_it_says() -> None:
         window_grid(0)
 
 
+@pytest.mark.slow
 @by_name
 def test_thresholds_are_the_least_significant_sums(scheme: Scheme) -> None:
     shape = _shape(scheme)
@@ -249,6 +254,7 @@ def test_mean_and_top_of_a_score(scheme: Scheme) -> None:
     assert shape.lattice == bool((scores == np.round(scores)).all())
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_tokens_in_fifty_milliseconds() -> None:
     scheme, (key,) = fg.Gumbel(), keys_from_seed(72, 1)
     text = np.random.default_rng(18).integers(0, 50_000, 100_000)
