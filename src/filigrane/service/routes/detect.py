@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.responses import Response
+from starlette.routing import Route
 
 from filigrane.errors import FiligraneError, KmsError, StoreError
 from filigrane.service import problems, telemetry
@@ -100,6 +101,10 @@ async def detect(request: Request) -> Response:
         count("expert", finding)
         return _json(expert_answer(finding, receipt))
     return await _for_public(office, body, who, request)
+
+
+QUICK: Final = Route("/v1/detect", detect, methods=["POST"])
+"""`detect` as a route of Starlette, for `app.application` to put before all others."""
 
 
 async def _read(request: Request) -> DetectBody:
