@@ -131,7 +131,7 @@ def test_a_repeated_request_makes_one_job(service: Service) -> None:
             == (first["id"])
         )
         other = client.post("/v1/jobs", json=[{"text": "abd"}], headers=again)
-        problem(other, 409, "idempotency")
+        problem(other, 409, "exists")
         problem(client.post("/v1/jobs", json=[], headers={"Idempotency-Key": "a b"}), 422)
 
 

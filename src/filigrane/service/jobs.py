@@ -52,8 +52,6 @@ class Options(BaseModel):
     key: str | None = None
     tokenizer: str | None = None
     alpha: float = 1e-6
-    request: str | None = None
-    digest: str | None = None
 
 
 _ITEMS: Final = TypeAdapter(list[Item])

@@ -14,7 +14,7 @@ from typing import Any, Final, final
 
 from sqlalchemy import Connection, Row, and_, delete, func, insert, or_, select, update
 
-from filigrane.errors import KeyFormatError, KmsError, NotFound, StateError
+from filigrane.errors import AlreadyExists, KeyFormatError, KmsError, NotFound, StateError
 from filigrane.keys import _lp, _Secret
 from filigrane.kms.base import KeyManagement
 from filigrane.store import tables
@@ -56,11 +56,14 @@ class Jobs:
         options: str = "{}",
         *,
         lifetime: timedelta = _LIFETIME,
+        request: tuple[str, str] | None = None,
     ) -> JobRecord:
         """Put items aside to be worked on.
 
         items: 1 to 10,000; options: JSON text for the worker, at most 4,096 characters, stored as
         it is: no texts in it. After `lifetime` everything of the job is erased, done or not.
+        request: an id, 1 to 128 characters, and a keyed digest of what is asked for, 64 at most:
+        asking again gives the same job, asking for something else raises AlreadyExists.
         Raises KeyFormatError, NotFound without the tenant, StoreError, KmsUnavailable.
         """
         given = list(items)
@@ -89,6 +92,10 @@ class Jobs:
         ]
         with self._database.tenant(tenant) as connection:
             lock_tenant(connection, tenant)
+            if request is not None:
+                before = _asked_before(connection, tenant, who, request)
+                if before is not None:
+                    return before
             connection.execute(
                 insert(tables.jobs).values(
                     tenant=tenant,
@@ -101,6 +108,8 @@ class Jobs:
                     n_failed=0,
                     created_at=stamp(at),
                     expires_at=stamp(at + lifetime),
+                    request_id=None if request is None else request[0],
+                    request_digest=None if request is None else request[1],
                     **wrapped,
                 )
             )
@@ -370,6 +379,23 @@ class Jobs:
 def _context(tenant: str, job: str, part: str, position: int | None = None) -> bytes:
     named = f"{tenant}/{job}/{part}" + ("" if position is None else f"/{position}")
     return b"filigrane/v1/job" + _lp(named.encode("ascii"))
+
+
+def _asked_before(
+    connection: Connection, tenant: str, who: str, request: tuple[str, str]
+) -> JobRecord | None:
+    """The job of an earlier request with this id."""
+    table = tables.jobs
+    row = connection.execute(
+        select(table.c.id, table.c.request_digest).where(
+            table.c.tenant == tenant, table.c.who == who, table.c.request_id == request[0]
+        )
+    ).one_or_none()
+    if row is None:
+        return None
+    if row.request_digest != request[1]:
+        raise AlreadyExists("this request id was used for another job; choose another one.")
+    return _job(connection, tenant, str(row.id))
 
 
 def _is(tenant: str, job: str) -> Any:

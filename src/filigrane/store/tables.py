@@ -220,7 +220,10 @@ jobs: Final = Table(
     # Two data keys: that of the items goes with the last of them, that of the results stays.
     Column("items_key", LargeBinary),
     Column("results_key", LargeBinary),
+    Column("request_id", String(128)),
+    Column("request_digest", String(64)),
     _of_tenant(),
+    UniqueConstraint("tenant", "who", "request_id"),
 )
 
 items: Final = Table(

@@ -4,7 +4,6 @@ Texts lie encrypted until they are tested and are erased then; results hold none
 """
 
 import hashlib
-import threading
 from datetime import datetime, timedelta
 from typing import Annotated, Any, Final, Literal
 
@@ -15,7 +14,6 @@ from filigrane.service.answers import ExpertAnswer
 from filigrane.service.auth import office_of, require
 from filigrane.service.jobs import Item, Options, read_items, results_of
 from filigrane.service.office import Office
-from filigrane.service.problems import Problem
 from filigrane.service.routes.paging import After, IdempotencyKey, Limit, page
 from filigrane.store.records import JobRecord, JobState, Principal, Role
 
@@ -24,7 +22,6 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 Expert = Annotated[Principal, Depends(require(Role.DETECTOR_EXPERT))]
 JobId = Annotated[str, Path(pattern=r"^[0-9a-f]{16}$")]
 _LINES: Final = ("application/x-ndjson", "application/jsonl")
-_one_at_a_time = threading.Lock()
 
 
 class JobBody(BaseModel):
@@ -111,12 +108,17 @@ def create(
         alpha=office.settings.detector.alpha if alpha is None else alpha,
     )
     contents = [item.model_dump_json(exclude_none=True).encode() for item in items]
-    if idempotency_key is None:
-        made = _make(office, who, contents, options)
-    else:
-        # Two requests at the same moment would not see each other's job.
-        with _one_at_a_time:
-            made = _make_once(office, who, contents, options, idempotency_key)
+    asked = None
+    if idempotency_key is not None:
+        asked = (idempotency_key, _digest(office, who, contents, options))
+    made = office.jobs.create(
+        who.tenant,
+        who.name,
+        contents,
+        options.model_dump_json(exclude_none=True),
+        lifetime=timedelta(days=limits.job_days),
+        request=asked,
+    )
     request.app.state.worker.wake()
     return _job(made)
 
@@ -164,36 +166,14 @@ def forget(job_id: JobId, who: Expert, request: Request) -> None:
     office_of(request).jobs.forget(who.tenant, job_id)
 
 
-def _make(office: Office, who: Principal, contents: list[bytes], options: Options) -> JobRecord:
-    return office.jobs.create(
-        who.tenant,
-        who.name,
-        contents,
-        options.model_dump_json(exclude_none=True),
-        lifetime=timedelta(days=office.settings.limits.job_days),
-    )
-
-
-def _make_once(
-    office: Office, who: Principal, contents: list[bytes], options: Options, request_id: str
-) -> JobRecord:
-    """The job of an idempotency key, made if there is none yet."""
+def _digest(office: Office, who: Principal, contents: list[bytes], options: Options) -> str:
+    """What tells one request from another; keyed, so that the database does not let anybody test a
+    guess of the texts.
+    """
     asked = hashlib.sha256(options.model_dump_json().encode())
     for content in contents:
         asked.update(hashlib.sha256(content).digest())
-    # Keyed, so that the database does not let anybody test a guess of the texts.
-    digest = office.keybook.tenant_secret(who.tenant).content_hash(asked.digest())
-    wanted = f"{who.name} {request_id}"
-    for job in office.jobs.jobs(who.tenant):
-        known = Options.model_validate_json(job.options)
-        if known.request == wanted:
-            if known.digest != digest:
-                raise Problem(
-                    409, "idempotency", "This Idempotency-Key was used for another request."
-                )
-            return job
-    named = options.model_copy(update={"request": wanted, "digest": digest})
-    return _make(office, who, contents, named)
+    return office.keybook.tenant_secret(who.tenant).content_hash(asked.digest())
 
 
 def _job(record: JobRecord) -> JobBody:

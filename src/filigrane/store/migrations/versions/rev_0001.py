@@ -93,8 +93,13 @@ def upgrade() -> None:
         sa.Column("finished_at", sa.String(length=24), nullable=True),
         sa.Column("items_key", sa.LargeBinary(), nullable=True),
         sa.Column("results_key", sa.LargeBinary(), nullable=True),
+        sa.Column("request_id", sa.String(length=128), nullable=True),
+        sa.Column("request_digest", sa.String(length=64), nullable=True),
         sa.ForeignKeyConstraint(["tenant"], ["tenants.tenant"], name=op.f("fk_jobs_tenant")),
         sa.PrimaryKeyConstraint("tenant", "id", name=op.f("pk_jobs")),
+        sa.UniqueConstraint(
+            "tenant", "who", "request_id", name=op.f("uq_jobs_tenant_who_request_id")
+        ),
     )
     op.create_table(
         "keys",

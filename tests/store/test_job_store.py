@@ -1,12 +1,13 @@
 """Jobs: claimed once, resumed after a crash, sealed until done, erased after."""
 
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 from sqlalchemy import text
 
 import storekit
-from filigrane.errors import KeyFormatError, NotFound, StateError, StoreError
+from filigrane.errors import AlreadyExists, KeyFormatError, NotFound, StateError, StoreError
 from filigrane.store.jobs import GIVEN_UP
 from filigrane.store.records import JobState
 
@@ -154,3 +155,16 @@ def test_items_cannot_be_swapped(store: storekit.Opened) -> None:
         connection.execute(text(f"UPDATE items SET content = {other} WHERE position = 0"))
     with pytest.raises(StoreError, match="altered or moved"):
         store.jobs.claim("w", 30)
+
+
+def test_the_same_request_is_the_same_job(store: storekit.Opened) -> None:
+    def ask(digest: str, who: str = "ann") -> str:
+        return store.jobs.create("acme", who, [b"x"], request=("r-1", digest)).id
+
+    with ThreadPoolExecutor(4) as pool:
+        made = set(pool.map(ask, ["d"] * 8))
+    assert len(made) == 1 and ask("d") in made
+    assert ask("d", "bob") not in made
+    with pytest.raises(AlreadyExists, match="another job"):
+        ask("e")
+    assert len(store.jobs.jobs("acme")) == 2
