@@ -193,6 +193,15 @@ def prepare(
     return Service(config=config, port=port, tokens=tokens, env=dict(env or {}))
 
 
+def operator_token(service: Service, name: str, role: str, tenant: str = TENANT) -> str:
+    """A token as the operator issues it, on the service's host."""
+    book = Database.open(Settings.load(service.config).database.open_url().reveal())
+    try:
+        return Access(book).issue_token(tenant, name, {Role(role)}, actor="operator")
+    finally:
+        book.close()
+
+
 class Provider:
     """An identity provider: its keys, and tokens that it signs."""
 

@@ -319,6 +319,23 @@ def test_a_base_that_makes_no_sense(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("unmarked", [False, True])
+def test_keys_whose_lease_is_long_over_go(tmp_path: Path, unmarked: bool) -> None:
+    if unmarked:
+        (tmp_path / BASE).write_text('expired = "unmarked"\n')
+    with LeaseFolder.open(tmp_path) as folder:
+        folder.put(lease("active"), expires=AT + HOUR, at=AT)
+        folder.put(lease("active", tenant="zeta"), expires=AT + 2 * HOUR, at=AT)
+        assert folder.sweep(AT + 24 * HOUR) == ()
+        gone = () if unmarked else ("acme.chat@1",)
+        assert folder.sweep(AT + 25 * HOUR) == gone
+        assert set(states(tmp_path)) == {"acme.chat@1", "zeta.chat@1"} - set(gone)
+        assert (tmp_path / "acme.chat@1.key").exists() == unmarked
+        assert folder.drop("zeta") == ("zeta.chat@1",) and folder.drop("zeta") == ()
+    assert not (tmp_path / "zeta.chat@1.key").exists()
+    assert "zeta" not in (tmp_path / "leases.json").read_text()
+
+
 def test_keys_for_everybody(tmp_path: Path) -> None:
     with LeaseFolder.open(tmp_path) as folder:
         folder.put(lease("active"), expires=AT + HOUR, everybody=True, at=AT)
@@ -393,7 +410,7 @@ def test_a_service_that_plays_an_old_lease_again(tmp_path: Path) -> None:
         Service(url, _Secret("token"), mine) as service,
     ):
         fresh, _ = service.lease()
-        folder.put(fresh, expires=AT + HOUR, at=AT)
+        folder.put(fresh, expires=datetime.now(UTC) + HOUR, at=AT)
         kept["nonce"] = b""
         done = Keeper([service], folder, rng=np.random.default_rng(1)).round()
         assert not done.good and "put an old one back" in done.problems[0]
@@ -428,6 +445,39 @@ def test_answers_that_are_none(tmp_path: Path, status: int, content: bytes, said
         pytest.raises(EndpointError, match=said),
     ):
         service.lease()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "gone"),
+    [
+        (401, "token", True),
+        (404, "not_found", True),
+        (401, None, False),
+        (404, None, False),
+        (404, "token", False),
+        (403, "role", False),
+        (503, "store_unavailable", False),
+    ],
+)
+def test_an_engine_that_was_let_out_keeps_no_keys(
+    tmp_path: Path, status: int, code: str | None, gone: bool
+) -> None:
+    """But only the service itself can say so: a proxy's 404 takes nothing away."""
+    said = json.dumps({"detail": "No."} | ({} if code is None else {"code": code})).encode()
+    mine = Identity.generate("gpu-1")
+    until = datetime.now(UTC) + HOUR
+    with (
+        serving(lambda *_: (status, said)) as (url, _),
+        LeaseFolder.open(tmp_path) as folder,
+        Service(url, _Secret("fgt_acme_x_y"), mine) as service,
+    ):
+        folder.put(lease("active", "staged"), expires=until, at=until - HOUR)
+        folder.put(lease("active", tenant="zeta"), expires=until, at=until - HOUR)
+        done = Keeper([service], folder, rng=np.random.default_rng(1)).round()
+    assert not done.good and f"answered {status}" in done.problems[0]
+    left = {"zeta.chat@1"} if gone else {"acme.chat@1", "acme.chat@2", "zeta.chat@1"}
+    assert {path.stem for path in tmp_path.glob("*.key")} == left == set(states(tmp_path))
+    assert ("removed from this host: acme.chat@1, acme.chat@2." in done.problems) == gone
 
 
 def test_a_service_that_is_not_there(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def ready(site: Site) -> dict[str, Any]:
 def test_from_nothing_to_a_detection_and_back_from_backups(site: Site, tmp_path: Path) -> None:
     """The commands of docs/deploying.md, then the restore drill of the same page."""
     components = {part["name"]: part["ok"] for part in ready(site)["components"]}
-    assert set(components) == {"database", "kms", "log", "detection"} and all(components.values())
+    assert set(components) >= {"database", "kms", "log", "detection"} and all(components.values())
 
     filigrane("access", "tenant", "acme", config=site.config)
     file, roles = tmp_path / "token", ("key-admin", "detector-expert")

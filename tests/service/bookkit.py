@@ -68,6 +68,7 @@ class Book:
         tokenizer: str | None = None,
         tenant: str = TENANT,
         model: str = MODEL,
+        promote: bool = True,
     ) -> VersionRecord:
         spec = KeySpec(
             tenant=tenant,
@@ -78,13 +79,17 @@ class Book:
             slots=slots,
             tokenizer_sha256=tokenizer,
         )
-        return self.keybook.create(spec, actor="test")
+        record = self.keybook.create(spec, actor="test")
+        if not promote:
+            return record
+        return self.keybook.promote(tenant, name, record.number, actor="test")
 
     def take(self, name: str, profile: str, key: ForeignKey) -> VersionRecord:
         spec = KeySpec(
             tenant=TENANT, name=name, model=MODEL, profile=profile, source="imported", slots=1
         )
-        return self.keybook.import_key(spec, key, actor="test")
+        record = self.keybook.import_key(spec, key, actor="test")
+        return self.keybook.promote(TENANT, name, record.number, actor="test")
 
     def write(self, record: VersionRecord, n: int, seed: int) -> npt.NDArray[np.int64]:
         """n ids of a toy model of 256 tokens, marked with a version's key."""

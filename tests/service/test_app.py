@@ -1,5 +1,8 @@
 """Over HTTP: what is refused before it is parsed, problems that repeat nothing, the whole API."""
 
+import asyncio
+import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -15,10 +18,14 @@ from pathlib import Path
 import httpx2
 import pytest
 from hypothesis import HealthCheck, settings
+from starlette.types import Message, Receive, Scope, Send
 
-from filigrane.service.settings import Settings
+from filigrane.custody.hierarchy import KeySpec
+from filigrane.service.app import Gate
+from filigrane.service.settings import Limits, Settings, open_office
+from filigrane.service.tokenizing import BYTES_SHA256
 from servers import free_port
-from servicekit import OTHER, Service, prepare, problem, running
+from servicekit import OTHER, TENANT, Service, operator_token, prepare, problem, running
 
 CANARY = "zq7xcanarytext"
 MALFORMED = int(os.environ.get("FILIGRANE_MALFORMED", "2000"))
@@ -36,7 +43,37 @@ def test_health_and_readiness(http: httpx2.Client) -> None:
     answer = http.get("/readyz")
     assert answer.status_code == 200
     named = {part["name"]: part["ok"] for part in answer.json()["components"]}
-    assert named == {"database": True, "kms": True, "log": True, "detection": True}
+    parts = ("database", "kms", "log", "tokenizers", "readable", "detection")
+    assert named == dict.fromkeys(parts, True)
+
+
+def test_readiness_tries_the_tokenizers(tmp_path: Path) -> None:
+    from filigrane.service.routes.operations import check
+
+    made = prepare(tmp_path, sections=f'[tokenizers]\nmine = "{tmp_path}/gone"\n')
+    settings = Settings.load(made.config)
+    with open_office(settings) as office:
+        seen = check(office, {})
+        (wrong,) = (part for part in seen.components if not part.ok)
+        assert (wrong.name, wrong.problem) == ("tokenizers", "ModelError") and not seen.ready
+    with open_office(dataclasses.replace(settings, tokenizers={})) as office:
+        spec = KeySpec(
+            tenant=TENANT,
+            name="elsewhere",
+            model="m",
+            scheme="gumbel",
+            tokenizer_sha256="ab" * 32,
+            slots=1,
+        )
+        named: dict[str, tuple[int, frozenset[str]]] = {}
+        assert check(office, named).ready
+        office.keybook.create(dataclasses.replace(spec, tokenizer_sha256=BYTES_SHA256), actor="t")
+        assert all(part.ok for part in check(office, named).components)
+        office.keybook.create(dataclasses.replace(spec, name="unreadable"), actor="t")
+        seen = check(office, named)
+        assert [part.name for part in seen.components if not part.ok] == ["readable"]
+        # One tenant's key takes nobody's service away.
+        assert seen.ready
 
 
 def test_readiness_leaves_nothing_in_the_log(service: Service) -> None:
@@ -154,29 +191,125 @@ def test_too_large_bodies_are_not_read(tmp_path: Path, service: Service) -> None
         problem(answer, 413, "too_large")
 
 
-def test_a_body_that_does_not_come(tmp_path: Path) -> None:
-    slow = prepare(tmp_path, sections="[limits]\nbody_seconds = 0.5\nseconds = 3\nconcurrent = 8\n")
-    with running(slow):
-        held = [socket.create_connection(("127.0.0.1", slow.port)) for _ in range(8)]
-        for raw in held:
-            raw.sendall(
-                b"POST /v1/keys HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                b"Content-Length: 100\r\n\r\n{"
-            )
+NARROW = """[limits]
+body_seconds = 2
+seconds = 4
+concurrent = 4
+unfinished = 8
+body_bytes = 2_000_000
+job_bytes = 6_000_000
+buffered_bytes = 8_000_000
+"""
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with running(prepare(tmp_path_factory.mktemp("narrow"), sections=NARROW)) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def unfinished(
+    to: Service,
+    path: str,
+    size: int,
+    *,
+    sent: int = 1,
+    source: str = "127.0.0.1",
+    role: str | None = None,
+) -> Iterator[socket.socket]:
+    """A request that has sent `sent` of `size` bytes of its body."""
+    token = "" if role is None else f"Authorization: Bearer {to.token(role)}\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{token}"
+    with socket.create_connection(
+        ("127.0.0.1", to.port), timeout=5, source_address=(source, 0)
+    ) as raw:
+        with contextlib.suppress(ConnectionError):
+            raw.sendall(f"{head}Content-Length: {size}\r\n\r\n".encode() + b" " * sent)
+        yield raw
+
+
+def test_a_body_that_does_not_come(narrow: Service) -> None:
+    with contextlib.ExitStack() as held:
+        raws = [held.enter_context(unfinished(narrow, "/v1/keys", 100)) for _ in range(8)]
         time.sleep(0.2)
-        # While they hold every place, others are told to come back.
-        problem(httpx2.get(f"{slow.url}/healthz"), 503, "busy")
-        for raw in held:
-            raw.settimeout(5)
-            assert b"408" in raw.recv(200)
-            raw.close()
-        assert httpx2.get(f"{slow.url}/healthz").status_code == 200
+        # They hold no place of those who are served, however few there are.
+        with narrow.client("key-admin") as client:
+            assert client.get("/healthz").status_code == 200
+            assert client.get("/v1/keys").status_code == 200
+        # One address has no more of them, others have their own.
+        with unfinished(narrow, "/v1/keys", 100) as more:
+            assert b" 429 " in more.recv(200)
+        with unfinished(narrow, "/v1/keys", 2, sent=2, source="127.0.0.2") as other:
+            assert b" 400 " in other.recv(200)
+        for raw in raws:
+            assert b" 408 " in raw.recv(200)
+    with narrow.client("key-admin") as client:
+        assert client.post("/v1/keys", json={}).status_code == 422
+
+
+def test_nobody_unknown_sends_a_job(narrow: Service) -> None:
+    with unfinished(narrow, "/v1/jobs", 5_000_000) as raw:
+        assert b" 401 " in raw.recv(200)
+    with unfinished(narrow, "/v1/jobs", 5_000_000, role="key-admin") as raw:
+        assert b" 403 " in raw.recv(200)
+    with unfinished(narrow, "/v1/jobs", 2, role="detector-expert", sent=2) as raw:
+        # Read, and no list of items.
+        assert b" 400 " in raw.recv(200)
+
+
+def test_bodies_have_so_much_room_and_no_more(narrow: Service) -> None:
+    with (
+        unfinished(narrow, "/v1/detect", 1_900_000, sent=1_500_000),
+        unfinished(narrow, "/v1/jobs", 5_900_000, sent=5_800_000, role="detector-expert"),
+    ):
+        time.sleep(0.5)
+        # A quarter for one address, unless it is known who sends.
+        with unfinished(narrow, "/v1/detect", 1_900_000, sent=1_000_000) as raw:
+            assert b" 429 " in raw.recv(200)
+        with unfinished(narrow, "/v1/detect", 1_900_000, sent=1_000_000, source="127.0.0.2") as raw:
+            assert b" 503 " in raw.recv(200)
+        assert httpx2.get(f"{narrow.url}/healthz").status_code == 200
+    time.sleep(0.5)
+    # What was held is given back.
+    with unfinished(narrow, "/v1/jobs", 5_900_000, sent=5_900_000, role="detector-expert") as raw:
+        assert b" 400 " in raw.recv(200)
+
+
+def test_places_are_counted_and_traces_have_their_own_time() -> None:
+    limits = Limits(seconds=0.2, trace_seconds=5, concurrent=2)
+    statuses: list[tuple[str, int]] = []
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.5)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    gate = Gate(slow, limits=limits, tls=False, first={})
+
+    async def ask(path: str) -> None:
+        async def receive() -> Message:
+            raise AssertionError("there is no body")
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append((path, message["status"]))
+
+        scope = {"type": "http", "method": "GET", "path": path, "headers": [], "client": ("::1", 1)}
+        await gate(scope, receive, send)
+
+    async def all_at_once() -> None:
+        await asyncio.gather(ask("/v1/trace"), ask("/v1/keys"), ask("/late"))
+
+    asyncio.run(all_at_once())
+    assert statuses == [("/late", 503), ("/v1/keys", 503), ("/v1/trace", 200)]
+    assert not gate._senders and not gate._held and not gate._running
 
 
 def test_keys_from_creation_to_destruction(service: Service) -> None:
     admin, auditor = service.client("key-admin"), service.client("auditor")
-    custodian, tenant_admin = service.client("custodian"), service.client("tenant-admin")
-    with admin, auditor, custodian, tenant_admin:
+    custodian = service.client("custodian")
+    with admin, auditor, custodian:
         spec = {"name": "life", "model": "other", "scheme": "greenlist", "slots": 1}
         again = {"Idempotency-Key": "life-1"}
         first = admin.post("/v1/keys", json=spec, headers=again)
@@ -204,8 +337,7 @@ def test_keys_from_creation_to_destruction(service: Service) -> None:
         ask = {"kind": "destroy", "subject": "demo.life@1", "purpose": "the key leaked"}
         asked = custodian.post("/v1/approvals", json=ask).json()
         problem(custodian.post(f"/v1/approvals/{asked['id']}/approve"), 409, "state")
-        new = {"name": "second-custodian", "roles": ["custodian"]}
-        token = tenant_admin.post("/v1/tokens", json=new).json()["token"]
+        token = operator_token(service, "second-custodian", "custodian")
         headers = {"Authorization": f"Bearer {token}"}
         given = custodian.post(f"/v1/approvals/{asked['id']}/approve", headers=headers)
         assert given.json()["approved_by"] == "second-custodian"

@@ -5,14 +5,21 @@ import hashlib
 import hmac
 import itertools
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 from joserfc import jwk, jwt
 
+from filigrane.errors import KmsUnavailable
+from filigrane.keys import _Secret
+from filigrane.kms.local import LocalRoot
+from filigrane.service.web.sessions import Sessions
 from filigrane.store.records import Role
 from servicekit import OTHER, TENANT, Provider, Service, problem
 
@@ -81,6 +88,20 @@ def test_tokens_are_revoked_and_expire_within_seconds(service: Service) -> None:
         assert ask(service, dying).status_code == 200
         time.sleep(4.5)
         refused(service, dying, "unknown, expired or revoked")
+
+
+@pytest.mark.parametrize("role", ["custodian", "attribution-officer", "tenant-admin"])
+def test_one_admin_is_not_two_people(service: Service, role: str) -> None:
+    """Roles of which two people are asked come from the operator, not from one who has a token."""
+    with service.client("tenant-admin") as client:
+        for roles in ([role], ["auditor", role]):
+            answer = client.post("/v1/tokens", json={"name": "one-admin", "roles": roles})
+            said = problem(answer, 403, "operator_only")
+            assert role in said["detail"] and "filigrane access token" in said["detail"]
+        listed = client.get("/v1/tokens?limit=1000").json()["tokens"]
+        assert "one-admin" not in {token["name"] for token in listed}
+        for name in ("operator", "oidc.alice"):
+            problem(client.post("/v1/tokens", json={"name": name, "roles": ["auditor"]}), 422)
 
 
 def test_roles_are_named_when_missing(service: Service) -> None:
@@ -319,3 +340,71 @@ def test_keys_of_the_provider_change(service: Service, provider: Provider) -> No
     finally:
         provider.keys["ec-1"] = before
         provider.publish()
+
+
+class Counted(LocalRoot):
+    """A local root that counts how often its versions are asked for, and can be away."""
+
+    asked = 0
+    away = False
+
+    def versions(self) -> tuple[int, ...]:
+        self.asked += 1
+        if self.away:
+            raise KmsUnavailable("away.")
+        return super().versions()
+
+
+def test_forged_cookies_ask_for_nothing(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, words = tmp_path / "root.key", _Secret("a passphrase of tests")
+    LocalRoot.create(path, words).close()
+    kms = Counted.open(path, words)
+    sessions = Sessions(kms, 60)
+    for version in ("7", "8", "999999", "0", "01", "\u0661", "1" * 5000):
+        assert sessions.open(f"{version}." + "A" * 60) is None
+    assert kms.asked == 1
+    # Not to be had now is no forgery, and is not asked for by every cookie either.
+    kms.away = True
+    later = time.monotonic() + 6
+    monkeypatch.setattr("filigrane.service.web.sessions.time.monotonic", lambda: later)
+    for _ in range(3):
+        with pytest.raises(KmsUnavailable):
+            sessions.open("7." + "A" * 60)
+    assert kms.asked == 2
+    kms.close()
+    long = CLIENT.get(
+        f"{service.url}/expert", headers={"Cookie": "filigrane-session=" + "1" * 5000 + ".AAAA"}
+    )
+    assert long.status_code < 500
+
+
+def test_commands_that_hold_secrets_dump_no_core() -> None:
+    code = (
+        "import resource\n"
+        "from filigrane.cli.secrets import no_core_dumps\n"
+        "resource.setrlimit(resource.RLIMIT_CORE, (4096, resource.getrlimit("
+        "resource.RLIMIT_CORE)[1]))\n"
+        "from filigrane.cli.{module} import {name}\n"
+        "try:\n"
+        "    {call}\n"
+        "except Exception:\n"
+        "    pass\n"
+        "print(resource.getrlimit(resource.RLIMIT_CORE))\n"
+    )
+    for module, name, call in (
+        ("keys_office", "opened", "opened(None).__enter__()"),
+        (
+            "engine_lease",
+            "lease",
+            "lease('http://127.0.0.1:1', '/none', ['/none'], '/none')",
+        ),
+    ):
+        ran = subprocess.run(
+            [sys.executable, "-c", code.format(module=module, name=name, call=call)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ran.stdout.strip() == "(0, 0)", (module, ran.stdout, ran.stderr)

@@ -26,6 +26,7 @@ from filigrane.errors import (
 from filigrane.foreign import ForeignKey, KeyForm, write
 from filigrane.foreign import from_tag as profile_from_tag
 from filigrane.keys import Key
+from filigrane.schemes import from_tag
 from filigrane.service.detecting import CAUTIONS, Detector, Query, holm_sidak
 from filigrane.service.tokenizing import BYTES_SHA256, Tokenizers
 from filigrane.store.keys import KeyBook
@@ -71,7 +72,8 @@ def test_every_scheme_is_found_under_its_key(book: Book, name: str) -> None:
     assert finding.log_pvalue < math.log(1e-6)
     assert finding.n_keys == 6 and finding.n_tests == 5 * 3 + 1
     assert finding.per_key[0].key_id == record.id and finding.per_key[1].log_pvalue_holm > -7
-    assert "pre_active_key" in finding.cautions and set(finding.cautions) <= set(CAUTIONS)
+    assert set(finding.cautions) <= set(CAUTIONS) and finding.said == "detected"
+    assert finding.n_readable == 6 and finding.hints == ()
     assert "6 keys" in finding.method and "Holm-Sidak" in finding.method
     # The price of the other keys is Sidak's, exactly.
     expected = stats.sidak(finding.per_key[0].log_pvalue, 6)
@@ -106,6 +108,7 @@ def test_hints_leave_out_keys_and_their_price(book: Book) -> None:
     one = book.detector.detect(TENANT, Query(tokens=ids, key="gumbel"))
     same = book.detector.detect(TENANT, Query(tokens=ids, key=record.id))
     assert one.n_keys == same.n_keys == 1 and one.log_pvalue == same.log_pvalue
+    assert one.n_readable == 6 and one.hints == (("key", "gumbel"),)
     assert one.log_pvalue < book.detector.detect(TENANT, Query(tokens=ids)).log_pvalue
     for query in (Query(tokens=ids, key="nobody"), Query(tokens=ids, model="nothing")):
         with pytest.raises(NotFound, match="leave out the hints"):
@@ -306,6 +309,9 @@ def test_what_a_compromised_key_finds_counts_only_with_a_receipt_from_before(
         forged = own.detector.detect(TENANT, Query(tokens=new))
         assert forged.verdict == "inconclusive" and forged.key_id is None
         assert "compromised_key" in forged.cautions and forged.log_pvalue > math.log(1e-6)
+        assert forged.said == "uncounted"
+        shown = own.detector.detect(TENANT, Query(tokens=new, evidence=True))
+        assert shown.spans == () and (shown.heat is None or shown.heat.key_id == "acme.other@1")
         assert forged.per_key[0].log_pvalue_holm < -100 and not forged.per_key[0].counts
 
         assert own.detector.detect(TENANT, Query(tokens=old)).verdict == "inconclusive"
@@ -325,22 +331,57 @@ def test_what_a_compromised_key_finds_counts_only_with_a_receipt_from_before(
         assert {"compromised_key", "several_keys"} <= set(both.cautions)
 
 
-def test_forms_of_one_text_cannot_borrow_its_receipt(tmp_path: Path) -> None:
-    """NFC and NFD have one hash: with a leaked key one could pick the form that seems marked."""
+def test_canonically_equal_texts_get_one_answer(tmp_path: Path) -> None:
+    """They have one hash: or a receipt of one of 2**n forms would be valid for all the others."""
     with open_book(tmp_path) as own:
         record = own.make("chat", tokenizer=BYTES_SHA256)
         key = own.keybook.key_of(record)
         assert isinstance(key, Key)
-        text = marked_letters(key, "gumbel", 300, 7) + " é"
-        receipt = own.receipts.issue(
-            TENANT, own.detector.detect(TENANT, Query(text=text)), expert=False, actor="test"
-        )
+        text = marked_letters(key, "gumbel", 300, 7) + " élève, naïve, 한국어 ￦ \u212b" * 10
+        rng = np.random.default_rng(1)
+        forms = [text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD"))]
+        for _ in range(5):
+            pieces = [unicodedata.normalize("NFD", c) if rng.random() < 0.5 else c for c in text]
+            forms.append("".join(pieces))
+        assert len(set(forms)) == 8
+        findings = [own.detector.detect(TENANT, Query(text=form, evidence=True)) for form in forms]
+        assert len({(f.content_sha256, f.log_pvalue, f.n_tests, f.verdict) for f in findings}) == 1
+        assert findings[0].verdict == "detected"
+        # Places are those of the text as it was sent.
+        for form, finding in zip(forms, findings, strict=True):
+            assert finding.heat is not None and finding.heat.offsets is not None
+            assert int(finding.heat.offsets.max()) == len(form)
+        receipt = own.receipts.issue(TENANT, findings[0], expert=False, actor="test")
         own.clock.pass_by(10)
         own.keybook.compromise(TENANT, "chat", 1, since=own.clock.now, actor="test")
-        assert own.detector.detect(TENANT, Query(text=text, receipt=receipt)).verdict == "detected"
-        other = unicodedata.normalize("NFD", text)
-        finding = own.detector.detect(TENANT, Query(text=other, receipt=receipt))
-        assert finding.verdict == "inconclusive" and "not_nfc" in finding.cautions
+        for form in forms:
+            found = own.detector.detect(TENANT, Query(text=form, receipt=receipt))
+            assert found.verdict == "detected"
+
+
+def test_what_a_key_finds_that_never_came_into_use_does_not_count(tmp_path: Path) -> None:
+    """Keys can be made until one fits a text; what is promoted is in the log once a version."""
+    with open_book(tmp_path) as own:
+        record = own.make("chat", promote=False)
+        ids = own.write(record, 200, 1)
+        waiting = own.detector.detect(TENANT, Query(tokens=ids, evidence=True))
+        assert waiting.verdict == "inconclusive" and waiting.cautions == ("pre_active_key",)
+        assert waiting.said == "uncounted" and not waiting.per_key[0].counts
+        assert waiting.spans == () and waiting.heat is None
+        own.keybook.promote(TENANT, "chat", 1, actor="test")
+        assert own.detector.detect(TENANT, Query(tokens=ids)).said == "detected"
+
+
+def test_spans_are_paid_for_keys_and_readings(book: Book) -> None:
+    from filigrane.localisation import localise
+
+    record = find(book, "gumbel")
+    key = book.keybook.key_of(record)
+    assert isinstance(key, Key)
+    ids = book.write(record, 300, 5)
+    (span,) = book.detector.detect(TENANT, Query(tokens=ids, evidence=True)).spans
+    (alone,) = localise(ids, key, from_tag("gumbel"), alpha=1e-6 / 6).spans
+    assert span.log_pvalue == pytest.approx(alone.log_pvalue + math.log(6), abs=1e-9)
 
 
 # ------------------------------------------------------------------ outages and threads

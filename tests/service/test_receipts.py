@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 from filigrane.cli import receipt as cli
 from filigrane.errors import FiligraneError, ReceiptError, StateError
 from filigrane.keys import Key
+from filigrane.service.answers import receipt_answer
 from filigrane.service.detecting import Finding, Query
-from filigrane.service.receipts import TYPE, Receipts, Replay, verify
+from filigrane.service.receipts import TYPE, WORDS, Receipts, Replay, check_date, verify
 from filigrane.service.tokenizing import BYTES_SHA256
 from filigrane.store.log import Log
 
@@ -123,6 +124,72 @@ def test_ours_verifies_it_too(book: Book, text: str, token: str) -> None:
     assert verify(f"\n{token} ", book.receipts.jwks()).id == found.id
     # One hash for all normal forms of a text.
     assert verify(token, book.receipts.jwks(), text.replace("ï", "i\u0308")).id == found.id
+
+
+def test_a_receipt_says_what_could_have_been_tried(book: Book, text: str, token: str) -> None:
+    found = verify(token, book.receipts.jwks())
+    assert (found.n_keys, found.n_readable, found.hints) == (2, 2, {})
+    hinted = book.detector.detect(TENANT, Query(text=text, key="chat", tokenizer="bytes"))
+    narrow = verify(
+        book.receipts.issue(TENANT, hinted, expert=True, actor="judge"), book.receipts.jwks()
+    )
+    assert (narrow.n_keys, narrow.n_readable) == (1, 2)
+    assert narrow.hints == {"key": "chat", "tokenizer": "bytes"}
+    assert "first seen after" in found.claims["statement"]
+
+
+def test_a_receipt_does_not_count_for_a_text_older_than_the_key(book: Book, token: str) -> None:
+    found = verify(token, book.receipts.jwks())
+    assert found.committed_at is not None
+    check_date(found, found.committed_at)
+    with pytest.raises(ReceiptError, match="does not count"):
+        check_date(found, found.committed_at - timedelta(seconds=1))
+
+
+def test_the_service_says_that_a_key_was_compromised_since(tmp_path: Path) -> None:
+    with open_book(tmp_path) as own:
+        record = own.make("chat")
+        ids = own.write(record, 200, 1)
+        own.clock.pass_by(10)
+        tokens = []
+        for _ in range(2):
+            found = own.detector.detect(TENANT, Query(tokens=ids))
+            tokens.append(own.receipts.issue(TENANT, found, expert=True, actor="test"))
+            own.clock.pass_by(100)
+        since = own.clock.now - timedelta(seconds=150)
+        before = own.keybook.version(TENANT, record.id)
+        assert receipt_answer(own.receipts.verify(tokens[1]), before).counts is True
+        own.keybook.compromise(TENANT, "chat", 1, since=since, actor="test")
+        now = own.keybook.version(TENANT, record.id)
+        old, new = (receipt_answer(own.receipts.verify(one), now) for one in tokens)
+        assert (old.counts, new.counts) == (True, False)
+        assert "does not count" in new.statement and "does not count" not in old.statement
+        assert old.key_state == new.key_state == "compromised"
+        assert old.compromised_since == since.isoformat()
+        # What is signed from now on does not say that no mark was found, and shows none.
+        again = own.detector.detect(TENANT, Query(tokens=ids, evidence=True))
+        claims = own.receipts.verify(
+            own.receipts.issue(TENANT, again, expert=True, actor="test")
+        ).claims
+        assert claims["verdict"] == "inconclusive" and claims["spans"] == []
+        assert claims["statement"] == WORDS["uncounted"] != WORDS["inconclusive"]
+
+
+def test_forged_receipts_cost_the_key_management_nothing(book: Book, token: str) -> None:
+    asked = 0
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            nonlocal asked
+            asked += name == "versions"
+            return getattr(book.kms, name)
+
+    own = Receipts(Log(book.database, Counting()), Counting())  # type: ignore[arg-type]
+    forged = token[:-20] + "A" * 20
+    for _ in range(50):
+        with pytest.raises(ReceiptError):
+            own.verify(forged)
+    assert 0 < asked <= 4
 
 
 def test_public_receipts_hold_no_number_of_the_test(book: Book, finding: Finding) -> None:
@@ -312,7 +379,15 @@ def test_the_command_says_what_a_receipt_says(run: Any) -> None:
     assert facts["verdict"] == "detected" and facts["key"] == "acme.chat@1"
     assert facts["content_checked"] is True
     assert run("receipt.jws", "--jwks", "jwks.json", "--text", "ended.txt").exit_code == 0
+    assert facts["n_readable"] == 2
+    dated = ("receipt.jws", "--jwks", "jwks.json", "--text-date")
+    # The clock of these tests is at noon of 2027-01-04, when the key was made.
+    assert run(*dated, "2027-01-05").exit_code == 0
+    for early in ("2027-01-04", "2027-01-04T11:59:59", "2026-12-31"):
+        refused = run(*dated, early)
+        assert refused.exit_code and "does not count" in str(refused.exception)
     plain = run("receipt.jws", "--jwks", "jwks.json")
+    assert "first seen after" in " ".join(plain.output.split())
     assert plain.exit_code == 0 and "genuine" in plain.output and "acme.chat@1" in plain.output
 
 

@@ -39,6 +39,7 @@ def test_defaults_and_paths_from_the_files_folder(tmp_path: Path) -> None:
         (KMS + "[limits]\nseconds = 0\n", "limits.seconds is 0; use"),
         (KMS + "[limits]\nseconds = nan\n", "limits.seconds is nan; use"),
         (KMS + "[limits]\ntoken_cache_s = 600\n", "limits.token_cache_s is 600; use"),
+        (KMS + "[limits]\nbuffered_bytes = 9_000_000\n", "buffered_bytes is 9e.06; use 6.4e"),
         (KMS + "[listen]\nport = 99999\n", "listen.port is 99999; use 1 to 65535"),
         (KMS + "[listen]\nproxies = [1]\n", "listen.proxies must be a list of texts"),
         (KMS + '[listen]\ntls_key = "k"\n', "TLS takes two files"),
@@ -56,7 +57,14 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, says: str) -> None:
 
 
 def test_passwords_are_not_in_the_file_nor_in_what_is_shown(tmp_path: Path) -> None:
-    for url in ("postgresql://u:hunter2@h/n", "postgresql+psycopg://u:hunter2@h/n"):
+    for url in (
+        "postgresql://u:hunter2@h/n",
+        "postgresql+psycopg://u:hunter2@h/n",
+        "postgresql://u:hun/hunter2@h/n",
+        "postgresql://u@h/n?password=hunter2",
+        "postgresql://u@h/n?sslmode=require&PassWord=hunter2",
+        "postgresql://u@h/n?sslp%61ssword=hunter2",
+    ):
         with pytest.raises(FiligraneError, match="put it into a file") as caught:
             load(tmp_path, KMS + f'[database]\nurl = "{url}"\n')
         assert "hunter2" not in str(caught.value)
@@ -115,6 +123,11 @@ def test_a_first_service_in_an_empty_folder(tmp_path: Path) -> None:
         assert (who.tenant, set(map(str, who.roles))) == ("acme", {"key-admin"})
         assert office.keybook.keys("acme") == ()
         shown = repr(office)
+        office.keybook.tenant_secret("acme")
+        held = office.keybook._material._held
+        assert held
+    # A closed office has no secret any more.
+    assert not held
     passphrase = (folder / "root.passphrase").read_text().strip()
     assert passphrase not in shown + (folder / "filigrane.toml").read_text()
     with pytest.raises(FiligraneError, match="exists already"):

@@ -13,15 +13,17 @@ import numpy.typing as npt
 import pytest
 from bookkit import TENANT, Book, marked, open_book
 
+from filigrane.custody.hierarchy import KeySpec
 from filigrane.errors import FiligraneError, NotFound, StateError
 from filigrane.keys import Key, UserKey
 from filigrane.schemes import from_tag
 from filigrane.service.detecting import Query
+from filigrane.service.settings import Settings, open_office
 from filigrane.service.tokenizing import BYTES_SHA256
-from filigrane.service.tracing import Busy, Tracer
+from filigrane.service.tracing import Busy, Traced, Tracer
 from filigrane.store.records import Principal, Role
 from filigrane.toy import ZipfModel
-from servicekit import Service, problem
+from servicekit import Service, operator_token, prepare, problem, running
 
 USERS = int(os.environ.get("FILIGRANE_TRACE_USERS", "20000"))
 
@@ -156,9 +158,12 @@ def test_the_log_knows_before_the_answer_and_not_the_text(book: Book, tracer: Tr
     finally:
         tracer._run = original  # type: ignore[method-assign]
     assert seen == ["approval.use"]
-    kinds = [record.kind for record in book.log.records(TENANT)[-3:]]
-    assert kinds == ["approval.request", "approval.give", "approval.use"]
-    said = repr([record.facts for record in book.log.records(TENANT)[-3:]])
+    last = book.log.records(TENANT)[-4:]
+    assert [record.kind for record in last] == [
+        *("approval.request", "approval.give", "approval.use", "trace.done")
+    ]
+    assert last[-1].facts == {"approval": approval, "outcome": "named"}
+    said = repr([record.facts for record in last])
     assert "case 7" in said and "users 0-9" in said and "acme.users@1" in said
     assert found.content_sha256 not in said and str(found.named[0].log_pvalue) not in said
 
@@ -236,16 +241,14 @@ def test_the_three_steps_over_http(service: Service) -> None:
         "key": "chat",
         "users": {"count": 100},
     }
-    with service.client("attribution-officer") as ann, service.client("tenant-admin") as admin:
+    with service.client("attribution-officer") as ann:
         asked = ann.post("/v1/trace/requests", json=body | {"purpose": "case 9"})
         assert asked.status_code == 201
         approval = asked.json()["id"]
         problem(ann.post("/v1/trace", json=body | {"approval": approval}), 409, "state")
         problem(ann.post(f"/v1/approvals/{approval}/approve"), 409)
-        issued = admin.post(
-            "/v1/tokens", json={"name": "second", "roles": ["attribution-officer"]}
-        ).json()
-        bob = {"Authorization": f"Bearer {issued['token']}"}
+        second = operator_token(service, "second", "attribution-officer")
+        bob = {"Authorization": f"Bearer {second}"}
         assert ann.post(f"/v1/approvals/{approval}/approve", headers=bob).status_code == 200
         done = ann.post("/v1/trace", json=body | {"approval": approval})
         assert done.status_code == 200
@@ -264,3 +267,74 @@ def test_marked_texts_of_others_are_nobodys(book: Book, tracer: Tracer) -> None:
         ANN, query, range(USERS), approval=agreed(book, tracer, query, range(USERS))
     )
     assert found.named == ()
+
+
+def test_all_that_decides_is_agreed_on(book: Book, tracer: Tracer) -> None:
+    text = "some words " * 30
+    query = Query(text=text, key="text", tokenizer="bytes", alpha=1e-5)
+    asked = tracer.request(ANN, query, range(10), "why", top=3)
+    book.access.approve(TENANT, asked.id, BOB)
+    said = f"users 0-9 alpha 1e-05 top 3 tokenizer {BYTES_SHA256[:12]} of acme.text@1"
+    assert asked.subject.endswith(said) and len(asked.subject) <= 200
+
+    def trace(query: Query, top: int = 3) -> Traced:
+        return tracer.trace(ANN, query, range(10), approval=asked.id, top=top)
+
+    for other in (
+        Query(text=text, key="text", tokenizer="bytes", alpha=0.1),
+        Query(text=text, key="text", alpha=1e-5),
+    ):
+        with pytest.raises(StateError, match="nothing else"):
+            trace(other)
+    with pytest.raises(StateError, match="nothing else"):
+        trace(query, top=10)
+    assert len(trace(query).candidates) == 3
+    assert book.log.records(TENANT)[-1].facts == {"approval": asked.id, "outcome": "nobody"}
+
+
+def test_what_takes_too_long_costs_no_approval(
+    book: Book, tracer: Tracer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = Query(tokens=[1, 2] * 40)
+    users = range(6_000_000)  # four slots of three versions
+    with pytest.raises(StateError, match="ask for at most 5000000 users at a time"):
+        tracer.request(ANN, many, users, "why")
+    long = Query(tokens=[1] * 2001, key="users")
+    with pytest.raises(StateError, match="this long take too long; ask for at most 1999000 users"):
+        tracer.request(ANN, long, range(2_000_000), "why")
+    query = Query(tokens=written_for(book, "users", 5), key="users")
+    approval = agreed(book, tracer, query, range(1000))
+    monkeypatch.setattr("filigrane.service.tracing.MAX_TESTS", 999)
+    with pytest.raises(StateError, match="ask for at most 999 users"):
+        tracer.trace(ANN, query, range(1000), approval=approval)
+    monkeypatch.undo()
+    assert tracer.trace(ANN, query, range(1000), approval=approval).named
+
+
+def test_waiting_too_long_costs_no_approval(book: Book) -> None:
+    tracer = Tracer(book.detector, book.access, book.log, book.receipts, wait_s=0.1)
+    query = Query(tokens=written_for(book, "users", 5), key="users")
+    approval = agreed(book, tracer, query, range(10))
+    with tracer._turn, pytest.raises(Busy, match="takes its time"):
+        tracer.trace(ANN, query, range(10), approval=approval)
+    assert tracer.trace(ANN, query, range(10), approval=approval).named
+    tracer.close()
+    with pytest.raises(Busy, match="about to end"):
+        tracer.trace(ANN, query, range(10), approval=approval)
+
+
+def test_a_trace_over_http_may_take_longer_than_other_requests(tmp_path: Path) -> None:
+    made = prepare(tmp_path, sections="[limits]\nseconds = 0.1\ntrace_seconds = 60\n")
+    body = {"tokens": list(range(250)) * 6, "key": "users", "users": {"count": 10_000}}
+    with open_office(Settings.load(made.config)) as office:
+        spec = KeySpec(tenant="demo", name="users", model="m", scheme="gumbel", slots=4)
+        office.keybook.create(spec, actor="t")
+        ann, bob = officer("attribution-officer", tenant="demo"), officer("bob", tenant="demo")
+        query = Query(tokens=np.array(body["tokens"]), key="users")
+        asked = office.tracer.request(ann, query, range(10_000), "why")
+        office.access.approve("demo", asked.id, bob)
+    with running(made), made.client("attribution-officer") as client:
+        started = time.monotonic()
+        done = client.post("/v1/trace", json=body | {"approval": asked.id})
+        assert (done.status_code, done.json().get("named")) == (200, [])
+        assert time.monotonic() - started > 0.1

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from filigrane.errors import TokenError
 from filigrane.keys import Key
-from filigrane.service.contents import cleaned, content_hash, is_nfc
+from filigrane.service.contents import cleaned, content_hash
 from filigrane.service.detecting import Query
 from filigrane.service.tokenizing import BYTES_SHA256, Tokenizers
 
@@ -72,7 +72,7 @@ def test_joiners_between_latin_letters_go() -> None:
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
 def test_cleaning_is_stable_and_maps_back(text: str) -> None:
     found = cleaned(text)
-    assert is_nfc(found.text)
+    assert unicodedata.is_normalized("NFC", found.text)
     assert found.origins.shape == (len(found.text) + 1,)
     assert np.all(np.diff(found.origins) >= 0) and found.origins[-1] == len(text)
     assert (found.text == text) or found.unusual
@@ -116,6 +116,30 @@ def test_long_hostile_texts_take_linear_time() -> None:
     took(1000)
     small, large = min(took(20_000) for _ in range(3)), min(took(160_000) for _ in range(2))
     assert large < 8 * 4 * small
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "a" + "\u0301\u0323" * 100_000,
+        # A vowel that is no mark itself and becomes two of them.
+        "\u0f73" * 100_000,
+        # What keeps the marks apart is taken out when the text is cleaned.
+        "a" + ("\u0301" * 15 + "\u0323" * 15 + ZWSP) * 6_000,
+    ],
+)
+def test_texts_that_freeze_normalisation_are_refused(hostile: str) -> None:
+    import time
+
+    began = time.process_time()
+    with pytest.raises(TokenError, match="combining marks"):
+        cleaned(hostile)
+    assert time.process_time() - began < 5
+    if ZWSP not in hostile:
+        for call in (content_hash, lambda text: Tokenizers().encode(text, "bytes")):
+            with pytest.raises(TokenError, match="combining marks"):
+                call(hostile)  # type: ignore[operator]
+    assert cleaned("a" + "\u0301" * 30).unusual == ("non_nfc",)
 
 
 def test_offsets_of_the_byte_tokenizer_are_characters() -> None:

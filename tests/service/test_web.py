@@ -14,7 +14,7 @@ from webkit import Desk, Visit, browser, plain, visit
 
 from filigrane.service.receipts import verify
 from filigrane.service.web import rendering
-from servicekit import OTHER, TENANT, Service, prepare, running
+from servicekit import OTHER, TENANT, Service, operator_token, prepare, running
 
 STATIC = Path(rendering.__file__).parent / "static"
 TEMPLATES = Path(rendering.__file__).parent / "templates"
@@ -42,12 +42,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     )
     made = prepare(tmp_path_factory.mktemp("web"), sections=sections)
     with running(made):
-        with made.client("tenant-admin") as client:
-            for role in ("attribution-officer", "custodian"):
-                body = {"name": f"second-{role}", "roles": [role]}
-                answer = client.post("/v1/tokens", json=body)
-                assert answer.status_code == 201, answer.text
-                made.tokens[TENANT][f"second-{role}"] = answer.json()["token"]
+        for role in ("attribution-officer", "custodian"):
+            name = f"second-{role}"
+            made.tokens[TENANT][name] = operator_token(made, name, role)
         found = Desk(made)
         found.make_key("chat")
         yield found

@@ -154,7 +154,7 @@ def test_chances_in_words(p: float, said: str) -> None:
 
 def test_every_code_has_words() -> None:
     assert set(words.STATES) == {str(state) for state in State}
-    assert set(words.VERDICTS) == {"detected", "inconclusive", "too_short"}
+    assert set(words.VERDICTS) == {"detected", "uncounted", "inconclusive", "too_short"}
     for said in (*words.DONE.values(), *(one.sentence for one in words.VERDICTS.values())):
         assert said.endswith(".")
     # Nobody is told who wrote something.

@@ -5,9 +5,12 @@ from datetime import timedelta
 import pytest
 
 import storekit
+from filigrane.custody.hierarchy import KeySpec
 from filigrane.errors import AlreadyExists, KeyFormatError, NotFound, StateError
 from filigrane.store.access import Role
 from filigrane.store.records import APPROVAL_ROLES
+
+CHAT = KeySpec(tenant="acme", name="chat", model="m", scheme="gumbel", slots=1)
 
 
 def test_tokens(store: storekit.Opened) -> None:
@@ -126,24 +129,67 @@ def test_engines(store: storekit.Opened) -> None:
         access.enrol_engine("acme", "one", ["m"], key, actor="op")
 
 
+@pytest.mark.parametrize(
+    "name", ["operator", "public", "readyz", "Operator", "oidc.alice", "oidc@0a1b", "OIDC.alice"]
+)
+def test_names_of_others(store: storekit.Opened, name: str) -> None:
+    with pytest.raises(KeyFormatError, match="names of others"):
+        store.access.issue_token("acme", name, [Role.CUSTODIAN], actor="op")
+    store.access.issue_token("acme", f"my-{name}", [Role.CUSTODIAN], actor="op")
+
+
+@pytest.mark.parametrize("revoked", [0, 1])
+def test_approvals_of_those_who_were_let_out(store: storekit.Opened, revoked: int) -> None:
+    access = store.access
+    two = [
+        access.authenticate(access.issue_token("acme", name, [Role.CUSTODIAN], actor="op"))
+        for name in ("ann", "bob")
+    ]
+    store.keybook.create(CHAT, actor="op")
+
+    def approved() -> str:
+        asked = access.request_approval("acme", "destroy", "acme.chat@1", "why", two[0])
+        return access.approve("acme", asked.id, two[1]).id
+
+    approval = approved()
+    access.revoke_token("acme", two[revoked].token_id, actor="op")
+    with pytest.raises(StateError, match=f"which {two[revoked].name} agreed.* was revoked"):
+        store.keybook.destroy("acme", "chat", 1, actor="ann", approval=approval)
+    assert access.approval("acme", approval).used_at is None
+    again = access.issue_token("acme", two[revoked].name, [Role.CUSTODIAN], actor="op")
+    two[revoked] = access.authenticate(again)
+    store.keybook.destroy("acme", "chat", 1, actor="ann", approval=approved())
+
+
+@pytest.mark.parametrize("subject", ["acme.chat@2", "acme.other@1", "other.chat@1", "x", "@"])
+def test_what_is_not_there_is_not_destroyed(store: storekit.Opened, subject: str) -> None:
+    store.keybook.create(CHAT, actor="op")
+    ann = store.person("acme", "ann", Role.CUSTODIAN)
+    with pytest.raises(NotFound, match="no such version"):
+        store.access.request_approval("acme", "destroy", subject, "why", ann)
+    assert store.access.approvals("acme") == ()
+
+
 @pytest.mark.parametrize("kind", APPROVAL_ROLES)
 def test_approvals(store: storekit.Opened, kind: str) -> None:
     access, role = store.access, APPROVAL_ROLES[kind]
+    store.keybook.create(CHAT, actor="op")
+    what = "acme.chat@1"
     ann, bob = (store.person("acme", name, role) for name in ("ann", "bob"))
     wrong_role = store.person("acme", "eve", *(set(Role) - {role}))
     elsewhere = store.person("other", "eve", role)
     for who in (wrong_role, elsewhere):
         with pytest.raises(StateError, match=f"for those with the role {role}"):
-            access.request_approval("acme", kind, "x", "why", who)
+            access.request_approval("acme", kind, what, "why", who)
     for subject, purpose in (("", "why"), ("x", " "), ("x" * 201, "why"), ("x", "a\nb")):
         with pytest.raises(KeyFormatError, match="characters"):
             access.request_approval("acme", kind, subject, purpose, ann)
     with pytest.raises(KeyFormatError, match="approvals are for"):
         access.request_approval("acme", "party", "x", "why", ann)
-    asked = access.request_approval("acme", kind, "x", "why", ann)
+    asked = access.request_approval("acme", kind, what, "why", ann)
 
     def spend(id: str = asked.id, **changed: str) -> object:
-        given = {"kind": kind, "subject": "x", "actor": "ann", **changed}
+        given = {"kind": kind, "subject": what, "actor": "ann", **changed}
         return access.spend_approval("acme", id, **given)
 
     with pytest.raises(StateError, match="waits for a second person"):
@@ -167,8 +213,8 @@ def test_approvals(store: storekit.Opened, kind: str) -> None:
         spend()
     with pytest.raises(NotFound):
         spend("nothing")
-    late = access.request_approval("acme", kind, "x", "why", ann, lifetime=timedelta(minutes=1))
-    later = access.request_approval("acme", kind, "x", "why", ann, lifetime=timedelta(minutes=1))
+    late = access.request_approval("acme", kind, what, "why", ann, lifetime=timedelta(minutes=1))
+    later = access.request_approval("acme", kind, what, "why", ann, lifetime=timedelta(minutes=1))
     access.approve("acme", later.id, bob)
     store.clock.at += timedelta(minutes=2)
     with pytest.raises(StateError, match="expired"):

@@ -270,6 +270,26 @@ def test_hostile_sql(hostile: pgkit.Urls, table: str, tenant: str | None) -> Non
         assert try_it(connection, f"SELECT 1 FROM {table}") in refusals
 
 
+def test_what_the_service_may_change(hostile: pgkit.Urls) -> None:
+    """Commitments, digests, names and dates stay as they were written, whatever it says."""
+    fixed = {
+        "versions": ("commitment", "log_index", "root_version", "created_at", "number", "name"),
+        "tokens": ("digest", "roles", "name", "expires_at"),
+        "engines": ("public_key", "models"),
+        "approvals": ("subject", "kind", "requested_by", "requested_token", "expires_at"),
+        "keys": ("scheme", "model", "slots"),
+        "acknowledgements": ("engine", "at"),
+    }
+    with session(hostile.app, "acme") as connection:
+        for table, columns in fixed.items():
+            for column in columns:
+                reached = try_it(connection, f"UPDATE {table} SET {column} = {column}")
+                assert reached is psycopg.errors.InsufficientPrivilege, (table, column)
+        for table, changing in tables.CHANGES.items():
+            changes = ", ".join(f"{column} = {column}" for column in changing)
+            assert try_it(connection, f"UPDATE {table} SET {changes}") in (1, 2), table
+
+
 def test_operators_see_names_alone(hostile: pgkit.Urls) -> None:
     with session(hostile.app, None) as connection:
         connection.execute("SELECT set_config('filigrane.operator', 'on', false)")

@@ -1,5 +1,6 @@
 """The key book, rule by rule; random lives of keys are in test_sequences."""
 
+import dataclasses
 from datetime import timedelta
 
 import numpy as np
@@ -21,6 +22,7 @@ from filigrane.foreign import ForeignKey, KeyForm
 from filigrane.keys import Key, _Secret
 from filigrane.kms.local import LocalRoot
 from filigrane.store import checking
+from filigrane.store.database import stamp
 
 CHAT = KeySpec(tenant="acme", name="chat", model="small", scheme="gumbel", slots=2)
 VLLM = KeySpec(tenant="acme", name="vllm", model="small", profile="vllm-gumbel")
@@ -38,9 +40,10 @@ def proof(
     return storekit.marked(store.keybook.key_of(record), record.spec, seed)
 
 
-def by_hand(store: storekit.Opened, statement: str) -> None:
+def by_hand(stores: storekit.Stores, store: storekit.Opened, statement: str) -> None:
     """What a database administrator could do."""
-    engine = create_engine(store.url.replace("postgresql://", "postgresql+psycopg://"))
+    owner = store.url if stores.dialect == "sqlite" else stores.owner_of(store.url)
+    engine = create_engine(owner.replace("postgresql://", "postgresql+psycopg://"))
     with engine.begin() as connection:
         if store.database.dialect == "postgresql":
             connection.execute(text("SELECT set_config('filigrane.tenant', 'acme', true)"))
@@ -71,7 +74,7 @@ def test_a_life(store: storekit.Opened) -> None:
     book.acknowledge("acme", "one", second.id, proof(store, second.id))
     book.promote("acme", "chat", 2, actor="ann")
     assert book.version("acme", first.id).state is State.RETIRED
-    assert [v.id for v in book.for_engine("acme", "one")] == [first.id, second.id]
+    assert [v.id for v in book.for_engine("acme", "one")] == [second.id]
     assert book.for_engine("acme", "elsewhere") == ()
     with pytest.raises(NotFound, match="revoked"):
         book.for_engine("acme", "two")
@@ -193,8 +196,9 @@ def test_destroying_takes_two(store: storekit.Opened) -> None:
     record = book.create(CHAT, actor="ann")
     with pytest.raises(NotFound, match="approval"):
         book.destroy("acme", "chat", 1, actor="ann", approval="none")
-    other = store.approved("acme", "acme.chat@2")
-    with pytest.raises(StateError, match=r"destroy acme\.chat@2, nothing else"):
+    book.create(dataclasses.replace(CHAT, name="other"), actor="ann")
+    other = store.approved("acme", "acme.other@1")
+    with pytest.raises(StateError, match=r"destroy acme\.other@1, nothing else"):
         book.destroy("acme", "chat", 1, actor="ann", approval=other)
     approval = store.approved("acme", record.id)
     with pytest.raises(StateError, match="the two people"):
@@ -225,6 +229,16 @@ def test_compromised_since(store: storekit.Opened) -> None:
         book.compromise("acme", "chat", 1, since=now.replace(tzinfo=None), actor="ann")
     record = book.compromise("acme", "chat", 1, since=now, actor="ann")
     assert record.compromised_since == now and record.state is State.COMPROMISED
+    # It turns out to be older; never younger, and that is for ever.
+    revision, earlier = book.revision("acme"), now - timedelta(days=30)
+    for since in (now, now + timedelta(seconds=1)):
+        with pytest.raises(StateError, match="can only be moved back"):
+            book.compromise("acme", "chat", 1, since=since, actor="ann")
+    assert book.revision("acme") == revision
+    moved = book.compromise("acme", "chat", 1, since=earlier, actor="ann")
+    assert moved.compromised_since == earlier and book.revision("acme") == revision + 1
+    said = [r.facts["since"] for r in store.log.records("acme") if r.kind == "key.compromise"]
+    assert said == [stamp(now), stamp(earlier)]
     assert book.key_of(record) is not None
 
 
@@ -262,29 +276,34 @@ def test_sound_keys_pass_calibration(tag: dict[str, str], kms: LocalRoot) -> Non
         checking.calibrate(key, spec)
 
 
-def test_a_database_altered_by_hand(store: storekit.Opened) -> None:
+def test_a_database_altered_by_hand(stores: storekit.Stores, store: storekit.Opened) -> None:
     book = store.keybook
     book.create(CHAT, actor="ann")
     book.create(VLLM, actor="ann")
     book.import_key(OLD, ForeignKey.from_text("7", KeyForm.UINT64), actor="ann")
     record = book.version("acme", "acme.chat@1")
     true = record.commitment
-    by_hand(store, f"UPDATE versions SET commitment = '{'0' * 64}' WHERE name = 'chat'")
+    by_hand(stores, store, f"UPDATE versions SET commitment = '{'0' * 64}' WHERE name = 'chat'")
     with pytest.raises(StoreError, match="not the key that its commitment promised"):
         book.key_of(book.version("acme", record.id))
     with pytest.raises(StoreError):
         book.promote("acme", "chat", 1, actor="ann")
-    by_hand(store, f"UPDATE versions SET commitment = '{true}', log_index = 2 WHERE name = 'chat'")
+    by_hand(
+        stores,
+        store,
+        f"UPDATE versions SET commitment = '{true}', log_index = 2 WHERE name = 'chat'",
+    )
     with pytest.raises(StateError, match="the log does not commit"):
         book.promote("acme", "chat", 1, actor="ann")
     by_hand(
+        stores,
         store,
         "UPDATE versions SET salt = (SELECT salt FROM versions WHERE name = 'vllm'), "
         "log_index = 1 WHERE name = 'chat'",
     )
     with pytest.raises(StoreError, match="not the key that its commitment promised"):
         book.key_of(record)
-    by_hand(store, "UPDATE versions SET sealed = wrapped_key WHERE name = 'old'")
+    by_hand(stores, store, "UPDATE versions SET sealed = wrapped_key WHERE name = 'old'")
     with pytest.raises(StoreError, match="altered or moved"):
         book.key_of(book.version("acme", "acme.old@1"))
 
@@ -368,3 +387,14 @@ def test_what_is_shown_holds_no_secret(store: storekit.Opened) -> None:
     with store.database.reading("acme") as connection:
         salt = connection.execute(text("SELECT salt FROM versions")).scalar_one()
     assert bytes(salt).hex() not in shown
+
+
+def test_engines_get_what_marks_now_or_soon(store: storekit.Opened) -> None:
+    book = store.keybook
+    book.create(CHAT, actor="ann")
+    for number in (1, 2):
+        book.promote("acme", "chat", number, actor="ann")
+        book.rotate("acme", "chat", actor="ann")
+    enrol(store)
+    # Version 1 is retired: reading is not an engine's work.
+    assert [v.number for v in book.for_engine("acme", "one")] == [2, 3]

@@ -2,14 +2,16 @@
 
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import Connection, create_engine, text
 
 import storekit
-from filigrane.custody import merkle
-from filigrane.custody.audit import read_lines, verify_checkpoint, verify_log
-from filigrane.errors import AuditError, NotFound
+from filigrane.custody import audit, merkle
+from filigrane.custody.audit import Record, read_lines, verify_checkpoint, verify_log
+from filigrane.errors import AuditError, NotFound, StoreError
 
 
 def lines(store: storekit.Opened) -> list[dict[str, object]]:
@@ -102,28 +104,114 @@ def test_what_was_altered_is_not_signed(
     for number in range(5):
         store.log.append("acme", "ann", "a.note", {"number": number})
     kept = store.log.checkpoint("acme")
-    owner = store.url if stores.dialect == "sqlite" else stores.owner_of(store.url)
-    engine = create_engine(owner.replace("postgresql://", "postgresql+psycopg://"))
-    with engine.begin() as connection:
-        # A database administrator can take the triggers away.
-        if stores.dialect == "sqlite":
-            for verb in ("update", "delete"):
-                connection.execute(text(f"DROP TRIGGER log_no_{verb}"))
-        else:
-            connection.execute(text("SELECT set_config('filigrane.tenant', 'acme', true)"))
-            connection.execute(text("SET session_replication_role = replica"))
+    with behind(stores, store) as connection:
         connection.exec_driver_sql(statement)
-    engine.dispose()
     fresh = store.again()
     with pytest.raises(AuditError):
         verify_log(read_lines(_exported(fresh)), fresh.log.jwks(), kept)
     fresh.log.append("acme", "ann", "a.note", {})
-    if "position >= 3" not in statement:
-        with pytest.raises(AuditError, match="altered or removed"):
-            fresh.log.checkpoint("acme")
+    cut = "position >= 3" in statement
+    with pytest.raises(AuditError, match="was cut off" if cut else "altered or removed"):
+        fresh.log.checkpoint("acme")
     with pytest.raises(AuditError):
         verify_log(read_lines(_exported(fresh)), fresh.log.jwks(), kept)
     fresh.database.close()
+
+
+@contextmanager
+def behind(stores: storekit.Stores, store: storekit.Opened) -> Iterator[Connection]:
+    """A database administrator's connection, who has taken the triggers away."""
+    owner = store.url if stores.dialect == "sqlite" else stores.owner_of(store.url)
+    engine = create_engine(owner.replace("postgresql://", "postgresql+psycopg://"))
+    with engine.begin() as connection:
+        if stores.dialect == "sqlite":
+            for table in ("log", "checkpoints"):
+                for verb in ("update", "delete"):
+                    connection.execute(text(f"DROP TRIGGER {table}_no_{verb}"))
+        else:
+            connection.execute(text("SELECT set_config('filigrane.tenant', 'acme', true)"))
+            connection.execute(text("SET session_replication_role = replica"))
+        yield connection
+    engine.dispose()
+
+
+def rewrite(connection: Connection) -> None:
+    """Put eve in ann's place and make the chain anew: it has no key."""
+    previous = audit.genesis("acme")
+    query = "SELECT position, at, actor, kind, facts FROM log ORDER BY position"
+    for position, at, actor, kind, facts in connection.execute(text(query)).all():
+        name = "eve" if actor == "ann" else actor
+        record = Record(
+            tenant="acme", index=position, at=at, actor=name, kind=kind, facts=json.loads(facts)
+        )
+        previous = audit.link(previous, record)
+        connection.execute(
+            text("UPDATE log SET actor = :actor, hash = :hash WHERE position = :position"),
+            {"actor": name, "hash": previous, "position": position},
+        )
+
+
+@pytest.mark.parametrize("how", ["records", "checkpoint too", "cut", "moved"])
+def test_nothing_is_signed_that_contradicts_what_was_signed(
+    stores: storekit.Stores, store: storekit.Opened, how: str
+) -> None:
+    for number in range(4):
+        store.log.append("acme", "ann", "a.note", {"number": number})
+    store.log.checkpoint("acme")
+    store.log.append("acme", "ann", "a.note", {"number": 4})
+    with behind(stores, store) as connection:
+        if how == "cut":
+            connection.execute(text("DELETE FROM log WHERE position >= 3"))
+        elif how == "moved":
+            connection.execute(text("UPDATE checkpoints SET size = 6"))
+        else:
+            rewrite(connection)
+            if how == "checkpoint too":
+                # The administrator has no key to sign it with.
+                made = connection.execute(text("SELECT hash FROM log ORDER BY position"))
+                leaves = [bytes(row[0]) for row in made][:5]
+                new = {"root": merkle.root(leaves).hex(), "head": leaves[-1].hex()}
+                connection.execute(text("UPDATE checkpoints SET root = :root, head = :head"), new)
+    fresh = store.again()
+    fresh.log.check()
+    said = {"records": "written anew", "cut": "was cut off"}.get(how, "not signed by")
+    fresh.log.append("acme", "bob", "a.note", {})
+    for act in (fresh.log.checkpoint, fresh.log.verify):
+        with pytest.raises(AuditError, match=said):
+            act("acme")
+    with pytest.raises(AuditError):
+        fresh.log.inclusion("acme", 0, 2)
+    with pytest.raises(AuditError, match=said):
+        fresh.log.check()
+    fresh.database.close()
+
+
+def test_a_process_that_has_the_log_in_memory_sees_new_checkpoints(
+    stores: storekit.Stores, store: storekit.Opened
+) -> None:
+    store.log.append("acme", "ann", "a.note", {})
+    store.log.verify("acme")
+    store.again().log.append("acme", "ann", "a.note", {})
+    store.again().log.checkpoint("acme")
+    store.log.verify("acme")
+    with behind(stores, store) as connection:
+        connection.execute(text("UPDATE checkpoints SET at = '2020-01-01T00:00:00.000Z'"))
+    with pytest.raises(AuditError, match="not signed by"):
+        store.log.verify("acme")
+
+
+def test_positions_have_no_gaps(store: storekit.Opened) -> None:
+    """Whoever may only add could otherwise end a log: nothing follows the last position."""
+    copy = (
+        "INSERT INTO log SELECT tenant, {}, at, actor, kind, facts, hash FROM log "
+        "WHERE position = 0"
+    )
+    for position in (2, 1_000_000, 2**31 - 1, -1):
+        with pytest.raises(StoreError), store.database.tenant("acme") as connection:
+            connection.execute(text(copy.format(position)))
+    assert store.log.size("acme") == 1
+    with store.database.tenant("acme") as connection:
+        connection.execute(text(copy.format(1)))
 
 
 def _exported(store: storekit.Opened) -> io.BytesIO:

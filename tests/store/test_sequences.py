@@ -6,6 +6,7 @@ FILIGRANE_SEQUENCES says how many sequences of steps each combination gets (1000
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,7 @@ from filigrane.foreign import ForeignKey, KeyForm
 from filigrane.keys import Key
 from filigrane.kms.base import KeyManagement
 from filigrane.store.checking import log_pvalue
+from filigrane.store.database import stamp
 
 SEQUENCES = int(os.environ.get("FILIGRANE_SEQUENCES", "2"))
 STEPS = 40
@@ -72,6 +74,7 @@ class Expected:
     spec: KeySpec
     number: int
     state: State = State.PRE_ACTIVE
+    compromised_since: datetime | None = None
     acknowledged: set[str] = field(default_factory=set)
     texts: list[npt.NDArray[np.int64]] = field(default_factory=list)
 
@@ -195,13 +198,19 @@ class KeyLives(RuleBasedStateMachine):
         if to is State.RETIRED:
             self.expect(allowed, lambda: book.retire(TENANT, name, number, actor="ann"))
         else:
-            since = self.store.clock()
+            since, known = self.store.clock(), version.compromised_since
+            if known is not None:
+                # Moved back, or left where it is, which is refused.
+                days = data.draw(st.sampled_from([0, 1]))
+                since, allowed = known - timedelta(days=days), allowed and days > 0
             self.expect(
                 allowed,
                 lambda: book.compromise(TENANT, name, number, since=since, actor="ann"),
             )
         if allowed:
             version.state = to
+            if to is State.COMPROMISED:
+                version.compromised_since = since
 
     def destroy(self, data: st.DataObject) -> None:
         version = data.draw(st.sampled_from(self.all()))
@@ -290,6 +299,10 @@ class KeyLives(RuleBasedStateMachine):
     def as_expected(self) -> None:
         found = {v.id: v for key in self.store.keybook.keys(TENANT) for v in key.versions}
         assert {id: v.state for id, v in found.items()} == {v.id: v.state for v in self.all()}
+        for version in self.all():
+            since = version.compromised_since
+            told = found[version.id].compromised_since
+            assert (told and stamp(told)) == (since and stamp(since))
         records = self.store.log.records(TENANT)
         for version in self.all():
             record = found[version.id]

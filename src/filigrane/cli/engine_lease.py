@@ -9,6 +9,7 @@ import typer
 
 from filigrane.cli import render
 from filigrane.cli.options import Json
+from filigrane.cli.secrets import no_core_dumps
 from filigrane.errors import FiligraneError
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def lease(
 
     if metrics is not None and (len(token_file) > 1 or not watch):
         raise FiligraneError("--metrics goes with --watch and one --token-file.")
+    no_core_dumps()
     who = Identity.load(identity)
     tokens = [read_token(path) for path in token_file]
     stop = threading.Event()

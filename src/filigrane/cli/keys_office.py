@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from filigrane.cli.secrets import no_core_dumps
 from filigrane.errors import FiligraneError, KeyFormatError, MissingDependency
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def settings_of(config: Path | None) -> "Settings":
 @contextlib.contextmanager
 def opened(config: Path | None) -> Iterator[Counter]:
     """Database and key management system, until the block ends."""
+    no_core_dumps()
     settings = settings_of(config)
     with _needed():
         from filigrane.kms.opening import open_kms
@@ -84,9 +86,9 @@ def opened(config: Path | None) -> Iterator[Counter]:
         closing.callback(database.close)
         kms = open_kms(settings.kms)
         closing.callback(kms.close)
-        yield Counter(
-            keybook=KeyBook(database, kms), access=Access(database), log=Log(database, kms)
-        )
+        keybook = KeyBook(database, kms)
+        closing.callback(keybook.forget)
+        yield Counter(keybook=keybook, access=Access(database), log=Log(database, kms))
 
 
 def parts(version_id: str) -> tuple[str, str, int]:

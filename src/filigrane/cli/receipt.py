@@ -2,6 +2,7 @@
 
 import json as jsonlib
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,13 @@ def verify(
         Path | None,
         typer.Option(help="The text that it must be about (UTF-8), to the last character."),
     ] = None,
+    text_date: Annotated[
+        datetime | None,
+        typer.Option(
+            formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z"],
+            help="When the text was first seen (UTC), from elsewhere than from the key's holder.",
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Check that a receipt is genuine, and that it is about a text.
@@ -32,8 +40,13 @@ def verify(
     service, or from whoever kept them, never from who shows the receipt. A line break at the end of
     the text file counts, unless the receipt was made without it.
 
+    A receipt of a mark counts only for texts first seen after committed_at: an older text may have
+    had a key chosen to fit it. With --text-date that is checked, too. Whether the key was
+    compromised since, only the service knows: POST /v1/receipts/verify.
+
     Exit codes: 0 genuine, 2 not.
     """
+    from filigrane.service.receipts import check_date
     from filigrane.service.receipts import verify as check
 
     token = _read(receipt).strip()
@@ -55,6 +68,8 @@ def verify(
             if bare == content:
                 raise
             found = check(token, keys, bare)
+    if text_date is not None:
+        check_date(found, text_date if text_date.tzinfo else text_date.replace(tzinfo=UTC))
     facts: dict[str, Any] = {
         "verdict": found.verdict,
         "statement": found.claims.get("statement"),
@@ -66,6 +81,8 @@ def verify(
         "technique": found.technique,
         "alpha": found.alpha,
         "n_keys": found.n_keys,
+        "n_readable": found.n_readable,
+        "hints": [f"{name} {value}" for name, value in sorted(found.hints.items())],
         "log10_pvalue": found.log10_pvalue,
         "cautions": found.claims.get("cautions", []),
         "content_sha256": found.content_sha256,
@@ -86,6 +103,10 @@ def verify(
     out.print(render.facts(shown))
     if text is None:
         render.notice("with --text FILE it is also checked which text this is about")
+    if found.committed_at is not None and text_date is None:
+        render.notice(
+            "counts only for texts first seen after committed at; --text-date DATE checks that"
+        )
 
 
 def _shown(value: object) -> str:

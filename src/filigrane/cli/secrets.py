@@ -1,5 +1,6 @@
 """Where a key comes from: a file, the environment or a keyring, and never the command line."""
 
+import contextlib
 import os
 import re
 from collections.abc import Sequence
@@ -25,6 +26,15 @@ _KEY_TEXT = re.compile(r"filigrane-key-\d+:|(?<![a-z2-7])[a-z2-7]{58}(?![a-z2-7]
 def looks_like_key(text: str) -> bool:
     """Whether some part of a text has the form of a secret key."""
     return _KEY_TEXT.search(text) is not None
+
+
+def no_core_dumps() -> None:
+    """Let this process end without a core dump, which would hold every secret it has."""
+    # Not on Windows, which has none.
+    with contextlib.suppress(ImportError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def refuse_secrets(arguments: Sequence[str]) -> None:

@@ -4,6 +4,8 @@
         │            └────────────┴──────────▲               ▲
         └──► retired, compromised, destroyed └── retired ────┘
 
+A leak can turn out to be older than was thought: compromised follows compromised.
+
 A version is pre-active until every engine has it, marks while it is active, and reads for as long
 as it is not destroyed. (NIST SP 800-57 part 1, section 7, has the states and their names; the order
 add, distribute, promote is Tink's.)
@@ -41,7 +43,7 @@ MOVES: Final = {
     State.PRE_ACTIVE: {State.ACTIVE, State.RETIRED, State.COMPROMISED, State.DESTROYED},
     State.ACTIVE: {State.RETIRED, State.COMPROMISED},
     State.RETIRED: {State.COMPROMISED, State.DESTROYED},
-    State.COMPROMISED: {State.DESTROYED},
+    State.COMPROMISED: {State.COMPROMISED, State.DESTROYED},
     State.DESTROYED: set[State](),
 }
 """State -> the states that may follow it."""

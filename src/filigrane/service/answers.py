@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from filigrane.service.public import PublicAnswer
     from filigrane.service.receipts import Receipt
     from filigrane.service.tracing import Traced
+    from filigrane.store.records import VersionRecord
 
 __all__ = [
     "Content",
@@ -85,7 +86,8 @@ class CautionBody(BaseModel):
 
 class KeyBody(BaseModel):
     """One version's result. log10_pvalue: corrected for its own slots; log10_pvalue_holm: for all
-    tests that were made; counts: whether it may count, see the caution compromised_key.
+    tests that were made; counts: whether it may count, see the cautions compromised_key and
+    pre_active_key.
     """
 
     key: str
@@ -126,7 +128,8 @@ class ExpertAnswer(BaseModel):
     """All that a test says. The verdict is about marks of this tenant's keys, never about authors.
 
     log10_pvalue: of the best version that counts, corrected for every test; key: that version, if
-    detected; n_keys: versions tested; n_tests: their slots and readings.
+    detected; n_keys: versions tested, of n_readable that the tenant has; n_tests: their slots and
+    readings.
     """
 
     tier: Literal["expert"]
@@ -141,6 +144,7 @@ class ExpertAnswer(BaseModel):
     n_keys: int
     n_tests: int
     n_readings: int
+    n_readable: int
     keys: list[KeyBody]
     spans: list[SpanBody]
     heat: HeatBody | None
@@ -153,7 +157,10 @@ class ExpertAnswer(BaseModel):
 
 
 class PublicAnswerBody(BaseModel):
-    """What everybody is told. The same text gets the same answer."""
+    """What everybody is told. The same text gets the same answer.
+
+    notes: what the validity of a found mark depends on.
+    """
 
     tier: Literal["public"]
     verdict: Verdict
@@ -161,6 +168,7 @@ class PublicAnswerBody(BaseModel):
     explanation: str
     technique: str
     limits: list[str]
+    notes: list[str]
     min_tokens: int
     alpha: float
     content_sha256: str
@@ -194,7 +202,13 @@ class TraceAnswer(BaseModel):
 
 
 class ReceiptAnswer(BaseModel):
-    """What a genuine receipt says. committed_at: when the log had its key's commitment."""
+    """What a genuine receipt says, and what the service knows of its key by now.
+
+    committed_at: when the log had the key's commitment: the receipt counts only for texts first
+    seen after that; n_keys: versions tested, of n_readable; hints: what left out the others;
+    key_state, compromised_since: of the key today, null if there is none or it is not known here;
+    counts: false if the key was compromised before the receipt was issued, null without a key.
+    """
 
     tenant: str
     id: str
@@ -208,8 +222,13 @@ class ReceiptAnswer(BaseModel):
     technique: str
     alpha: float
     n_keys: int
+    n_readable: int
+    hints: dict[str, str]
     key: str | None
     committed_at: str | None
+    key_state: str | None
+    compromised_since: str | None
+    counts: bool | None
 
 
 def query_of(body: Hinted, alpha: float) -> Query:
@@ -243,6 +262,7 @@ def expert_answer(finding: Finding, receipt: str | None = None) -> dict[str, Any
         "n_keys": finding.n_keys,
         "n_tests": finding.n_tests,
         "n_readings": finding.n_readings,
+        "n_readable": finding.n_readable,
         "keys": [
             {
                 "key": one.key_id,
@@ -288,6 +308,7 @@ def public_answer(answer: "PublicAnswer", receipt: str | None = None) -> dict[st
         "explanation": answer.explanation,
         "technique": answer.technique,
         "limits": list(answer.limits),
+        "notes": list(answer.notes),
         "min_tokens": answer.min_tokens,
         "alpha": answer.finding.alpha,
         "content_sha256": answer.finding.content_sha256,
@@ -321,9 +342,17 @@ def traced_answer(traced: "Traced") -> TraceAnswer:
     )
 
 
-def receipt_answer(receipt: "Receipt") -> ReceiptAnswer:
-    """`ReceiptAnswer` of a verified receipt."""
+def receipt_answer(receipt: "Receipt", record: "VersionRecord | None" = None) -> ReceiptAnswer:
+    """`ReceiptAnswer` of a verified receipt; record: its key's, if it names one and we have it."""
     committed = receipt.committed_at
+    since = None if record is None else record.compromised_since
+    statement = str(receipt.claims.get("statement", ""))
+    counts = None if receipt.key_id is None else since is None or receipt.issued_at < since
+    if counts is False and since is not None:
+        statement = (
+            f"This receipt does not count: its key was compromised on {since.isoformat()}, before "
+            "it was issued, and whoever had the key could mark any text."
+        )
     return ReceiptAnswer(
         tenant=receipt.tenant,
         id=receipt.id,
@@ -333,12 +362,17 @@ def receipt_answer(receipt: "Receipt") -> ReceiptAnswer:
         content_sha256=receipt.content_sha256,
         content_kind=receipt.content_kind,
         verdict=receipt.verdict,
-        statement=str(receipt.claims.get("statement", "")),
+        statement=statement,
         technique=receipt.technique,
         alpha=receipt.alpha,
         n_keys=receipt.n_keys,
+        n_readable=receipt.n_readable,
+        hints=dict(receipt.hints),
         key=receipt.key_id,
         committed_at=None if committed is None else committed.isoformat(),
+        key_state=None if record is None else str(record.state),
+        compromised_since=None if since is None else since.isoformat(),
+        counts=counts,
     )
 
 

@@ -1,15 +1,19 @@
 """The ASGI application: routes, problems, and what every request passes before it is parsed.
 
-`Gate` is plain ASGI around everything: it counts requests in flight, checks the content type, reads
-the body up to its limit within its time, bounds the time until an answer begins, and writes the
-headers that every answer has. What it refuses never reaches a parser.
+`Gate` is plain ASGI around everything: it checks the content type, reads the body up to its limit
+within its time, counts requests in flight, bounds the time until an answer begins, and writes the
+headers that every answer has. What it refuses never reaches a parser. Large bodies are read from
+those who may send them, and bodies together never take more memory than was set aside for them.
 """
 
 import asyncio
 import contextlib
 import importlib
+import ipaddress
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from fastapi import APIRouter, FastAPI, Request
@@ -21,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from filigrane import __version__
 from filigrane.service import problems, telemetry
+from filigrane.service.auth import Require, require
 from filigrane.service.office import Office
 from filigrane.service.problems import Problem
 from filigrane.service.settings import Limits
@@ -42,6 +47,8 @@ ROUTES: Final = (
 """Modules of `filigrane.service.routes`, in the order of the documentation."""
 
 JOBS: Final = "/v1/jobs"
+_SLOW: Final = frozenset({"/v1/trace", "/trace"})
+"""Addresses whose answers may take `limits.trace_seconds`."""
 _HEADERS: Final = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -49,6 +56,7 @@ _HEADERS: Final = (
     (b"cache-control", b"no-store"),
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
 )
+_CLOSE: Final = {"Connection": "close"}
 _HSTS: Final = (b"strict-transport-security", b"max-age=31536000")
 _JSON: Final = frozenset({b"application/json"})
 _LINES: Final = frozenset({b"application/json", b"application/x-ndjson", b"application/jsonl"})
@@ -63,6 +71,7 @@ def application(office: Office, *, owns_office: bool = False) -> FastAPI:
     """
     from filigrane.service.jobs import Worker
     from filigrane.service.routes.detect import QUICK
+    from filigrane.store.records import Role
 
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -98,7 +107,10 @@ def application(office: Office, *, owns_office: bool = False) -> FastAPI:
     _handle_errors(app)
     _describe(app)
     app.add_middleware(
-        Gate, limits=office.settings.limits, tls=office.settings.listen.tls_key is not None
+        Gate,
+        limits=office.settings.limits,
+        tls=office.settings.listen.tls_key is not None,
+        first={JOBS: require(Role.DETECTOR_EXPERT)},
     )
     return app
 
@@ -257,14 +269,37 @@ class _Answer:
             self._task.cancel()
 
 
-class Gate:
-    """What every request passes, as pure ASGI: no task and no thread of its own."""
+@dataclass(slots=True)
+class _Sender:
+    """One address: how many requests it has not sent to their end, and bytes of bodies it holds."""
 
-    def __init__(self, app: ASGIApp, *, limits: Limits, tls: bool) -> None:
+    sending: int = 0
+    held: int = 0
+
+
+@dataclass(slots=True)
+class _Held:
+    """How many bytes one request holds."""
+
+    size: int = 0
+
+
+class Gate:
+    """What every request passes, as pure ASGI: no task and no thread of its own.
+
+    first: path -> who may send a body there, asked before it is read.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, limits: Limits, tls: bool, first: Mapping[str, Require]
+    ) -> None:
         self._app = app
         self._limits = limits
         self._headers = (*_HEADERS, _HSTS) if tls else _HEADERS
+        self._first = first
         self._running = 0
+        self._held = 0
+        self._senders: defaultdict[str, _Sender] = defaultdict(_Sender)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
@@ -275,14 +310,16 @@ class Gate:
             await send({"type": "websocket.close", "code": 1000})
             return
         started = time.perf_counter()
-        answer = _Answer(scope, receive, send, self._headers, self._limits.seconds)
-        self._running += 1
+        limits = self._limits
+        seconds = limits.trace_seconds if scope["path"] in _SLOW else limits.seconds
+        answer = _Answer(scope, receive, send, self._headers, seconds)
+        sender, held = _address_of(scope), _Held()
         try:
             with telemetry.request_span(scope):
-                if self._running > self._limits.concurrent:
-                    raise Problem(503, "busy", "Too many requests at once; try again in a moment.")
-                body = await self._body(scope, receive)
-                await self._app(scope, _replay(body, receive), answer)
+                body = await self._body(scope, receive, sender, held)
+                # Only now: who sends slowly takes nobody's place.
+                with self._place():
+                    await self._app(scope, _replay(body, receive), answer)
         except Problem as problem:
             await answer.refuse(problem)
         except _Stopped:
@@ -294,48 +331,118 @@ class Gate:
             telemetry.failure(scope, error)
             await answer.refuse(problems.as_problem(error))
         finally:
-            self._running -= 1
+            self._let_go(sender, held)
             await answer.close()
             telemetry.finished(scope, answer.status, time.perf_counter() - started)
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[None]:
+        if self._running >= self._limits.concurrent:
+            raise Problem(503, "busy", "Too many requests at once; try again in a moment.")
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+
+    async def _body(self, scope: Scope, receive: Receive, sender: str, held: _Held) -> bytes:
+        """The body of a request, for which room is held then; or a refusal."""
         headers = dict(scope["headers"])
-        method = scope["method"]
+        method, path = scope["method"], scope["path"]
         length = headers.get(b"content-length")
         # In HTTP/2 a body may come without either header.
         may_be_silent = scope.get("http_version", "1.1").startswith("2")
         announced = length is not None or b"transfer-encoding" in headers
         if not announced and (method in _UNPARSED or not may_be_silent):
             return b""
-        job = scope["path"] == JOBS
+        job = path == JOBS and method == "POST"
         most = self._limits.job_bytes if job else self._limits.body_bytes
         too_large = Problem(
             413,
             "too_large",
             f"A body has at most {most} bytes here; send less at a time, or make a job of it.",
-            headers={"Connection": "close"},
+            headers=_CLOSE,
         )
         if length is not None and (not length.isdigit() or int(length) > most):
             raise too_large
         _check_content_type(scope, headers.get(b"content-type"), empty=length == b"0", job=job)
-        parts, size = list[bytes](), 0
+        with self._sending(sender):
+            known = path in self._first
+            if known:
+                await self._first[path](Request(scope))
+            # One growing array: many small parts would take many times their size.
+            body = bytearray()
+            try:
+                async with asyncio.timeout(self._limits.body_seconds):
+                    while True:
+                        message = await receive()
+                        if message["type"] == "http.disconnect":
+                            raise _Stopped
+                        part = message.get("body", b"")
+                        if len(body) + len(part) > most:
+                            raise too_large
+                        self._hold(sender, held, len(part), known)
+                        body += part
+                        if not message.get("more_body", False):
+                            return bytes(body)
+            except TimeoutError:
+                raise Problem(
+                    408, "slow", "The body did not arrive in time.", headers=_CLOSE
+                ) from None
+
+    @contextlib.contextmanager
+    def _sending(self, sender: str) -> Iterator[None]:
+        """Count a request whose body is on its way, unless its sender has too many of them."""
+        if self._senders[sender].sending >= self._limits.unfinished:
+            raise _too_much_of_yours()
+        self._senders[sender].sending += 1
         try:
-            async with asyncio.timeout(self._limits.body_seconds):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise _Stopped
-                    part = message.get("body", b"")
-                    size += len(part)
-                    if size > most:
-                        raise too_large
-                    parts.append(part)
-                    if not message.get("more_body", False):
-                        return b"".join(parts)
-        except TimeoutError:
+            yield
+        finally:
+            self._senders[sender].sending -= 1
+
+    def _hold(self, sender: str, held: _Held, size: int, known: bool) -> None:
+        """Make room for a part of a body: for one address a quarter of all, unless it is known who
+        sends.
+        """
+        most = self._limits.buffered_bytes
+        if not known and self._senders[sender].held + size > most // 4:
+            raise _too_much_of_yours()
+        if self._held + size > most:
             raise Problem(
-                408, "slow", "The body did not arrive in time.", headers={"Connection": "close"}
-            ) from None
+                503, "busy", "Too many large requests at once; try again soon.", headers=_CLOSE
+            )
+        held.size += size
+        self._held += size
+        self._senders[sender].held += size
+
+    def _let_go(self, sender: str, held: _Held) -> None:
+        self._held -= held.size
+        its = self._senders[sender]
+        its.held -= held.size
+        if not its.held and not its.sending:
+            del self._senders[sender]
+
+
+def _address_of(scope: Scope) -> str:
+    """Whom a request counts for: an address, of IPv6 the /64 that a host has to itself."""
+    host = str((scope.get("client") or ("",))[0])
+    try:
+        where = ipaddress.IPv6Address(host.partition("%")[0])
+    except ValueError:
+        return host
+    if where.ipv4_mapped is not None:
+        return str(where.ipv4_mapped)
+    return str(ipaddress.IPv6Network((where, 64), strict=False))
+
+
+def _too_much_of_yours() -> Problem:
+    return Problem(
+        429,
+        "unfinished",
+        "Too many requests of your address are not complete; finish them, then send more.",
+        headers={**_CLOSE, "Retry-After": "5"},
+    )
 
 
 def _check_content_type(scope: Scope, sent: bytes | None, *, empty: bool, job: bool) -> None:

@@ -6,13 +6,18 @@
 Invisible characters, look-alikes and the like break up tokens and with them marks; editors insert
 some, attackers others. `cleaned` is what the text would be without them: a second reading of the
 same text, to be tried beside the first and to be paid for.
+
+What is tested is what is hashed: every reading starts from the NFC form, so that canonically equal
+texts have one hash and one answer. Normalising takes quadratic time in runs of combining marks;
+texts with more of them in a row than any writing has (UAX #15, section 13) are refused before.
 """
 
+import functools
 import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,7 +27,10 @@ import numpy.typing as npt
 from filigrane.contexts import TokenIds, as_token_ids
 from filigrane.errors import TokenError
 
-__all__ = ["Cleaned", "cleaned", "content_hash", "ids_hash", "is_nfc"]
+__all__ = ["Canonical", "Cleaned", "canonical", "cleaned", "content_hash", "ids_hash"]
+
+MAX_MARKS: Final = 30
+"""Combining marks in a row, of the stream-safe format of UAX #15."""
 
 _INVISIBLE: Final = frozenset(
     [
@@ -60,14 +68,25 @@ _TO_CYRILLIC: Final = dict(zip("aeopcyxijsABEKMHOPCTYX", "аеорсухіјѕА
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Canonical:
+    """A text in NFC. origins: (len(text) + 1,) int64, for each character of `text`, and for its
+    end, where it starts in the given text.
+    """
+
+    text: str
+    origins: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cleaned:
     """A text without what is unusual in it.
 
-    text: NFC; unusual: what was found, as sorted codes: "bidi", "controls", "homoglyphs",
-    "invisible", "non_nfc", "presentation_forms", "spaces"; origins: (len(text) + 1,) for each
-    character of `text`, and for its end, where it starts in the given text.
+    given: the text in NFC with nothing taken out; text: NFC; unusual: what was found, as sorted
+    codes: "bidi", "controls", "homoglyphs", "invisible", "non_nfc", "presentation_forms", "spaces";
+    origins: as those of Canonical. All but unusual is the same for all canonically equal texts.
     """
 
+    given: Canonical
     text: str
     unusual: tuple[str, ...]
     origins: npt.NDArray[np.int64]
@@ -77,10 +96,11 @@ def content_hash(content: str | npt.ArrayLike) -> str:
     """The content hash, 64 hex digits, of a text or of token ids (n,).
 
     Texts that differ in Unicode's normalisation alone have one hash. Raises TokenError for ids that
-    are none, and for a text with lone surrogates, which is no Unicode.
+    are none, for a text with lone surrogates, which is no Unicode, and for one with more than
+    MAX_MARKS combining marks in a row.
     """
     if isinstance(content, str):
-        return hashlib.sha256(_utf8(unicodedata.normalize("NFC", content))).hexdigest()
+        return hashlib.sha256(_nfc(content).encode("utf-8")).hexdigest()
     return ids_hash(as_token_ids(content))
 
 
@@ -90,15 +110,13 @@ def ids_hash(ids: TokenIds) -> str:
     return hashlib.sha256(head + ids.astype("<i8").tobytes()).hexdigest()
 
 
-def is_nfc(text: str) -> bool:
-    """Whether the text is its own NFC form, so that its content hash stands for it alone."""
-    return unicodedata.is_normalized("NFC", text)
-
-
-def _utf8(text: str) -> bytes:
-    if _SURROGATE.search(text):
-        raise TokenError("this text holds lone surrogates and is no Unicode; send valid UTF-8.")
-    return text.encode("utf-8")
+def canonical(text: str) -> Canonical:
+    """The NFC form of a text, for which its content hash stands. Raises as `content_hash` does."""
+    whole = _nfc(text)
+    if whole == text:
+        return Canonical(text=text, origins=np.arange(len(text) + 1, dtype=np.int64))
+    where = _places(text, range(len(text)), whole)
+    return Canonical(text=whole, origins=np.asarray([*where, len(text)], dtype=np.int64))
 
 
 def cleaned(text: str) -> Cleaned:
@@ -107,18 +125,53 @@ def cleaned(text: str) -> Cleaned:
     Joiners stay where scripts and emoji need them, letters of a text's own script stay, and so does
     all of a text in which nothing is unusual. Raises TokenError as `content_hash` does.
     """
-    _utf8(text)
-    found: set[str] = set()
+    given = canonical(text)
+    found: set[str] = set() if given.text == text else {"non_nfc"}
     if text.isascii() and not _has_controls(text):
-        return Cleaned(text=text, unusual=(), origins=np.arange(len(text) + 1, dtype=np.int64))
-    characters, origins = _without_marks(text, found)
+        return Cleaned(given=given, text=text, unusual=(), origins=given.origins)
+    characters, origins = _without_marks(given.text, found)
     _letters(characters, found)
-    text_now, where = _composed(characters, origins, found)
+    bare = "".join(characters)
+    whole = _nfc(bare)
+    if whole != bare:
+        # Marks that something invisible kept apart.
+        found.add("non_nfc")
+        origins = _places(bare, origins, whole)
     return Cleaned(
-        text=text_now,
+        given=given,
+        text=whole,
         unusual=tuple(sorted(found)),
-        origins=np.asarray([*where, len(text)], dtype=np.int64),
+        origins=given.origins[np.asarray([*origins, len(given.text)], dtype=np.int64)],
     )
+
+
+def _nfc(text: str) -> str:
+    """The NFC form, in linear time."""
+    if text.isascii():
+        return text
+    if _SURROGATE.search(text):
+        raise TokenError("this text holds lone surrogates and is no Unicode; send valid UTF-8.")
+    if _too_many_marks().search(text):
+        raise TokenError(
+            f"this text has more than {MAX_MARKS} combining marks in a row, as no writing has; "
+            "take them out."
+        )
+    return unicodedata.normalize("NFC", text)
+
+
+@functools.cache
+def _too_many_marks() -> re.Pattern[str]:
+    """What begins with a mark when decomposed: a few Tibetan vowels are none themselves."""
+    marks = [
+        chr(code)
+        for code in range(0x300, 0x20000)
+        if unicodedata.combining(chr(code))
+        or (
+            unicodedata.decomposition(chr(code))
+            and unicodedata.combining(unicodedata.normalize("NFD", chr(code))[0])
+        )
+    ]
+    return re.compile(f"[{''.join(map(re.escape, marks))}]{{{MAX_MARKS + 1}}}")
 
 
 def _has_controls(text: str) -> bool:
@@ -225,20 +278,13 @@ def _letters(characters: list[str], found: set[str]) -> None:
                         found.add("homoglyphs")
 
 
-def _composed(
-    characters: list[str], origins: list[int], found: set[str]
-) -> tuple[str, Iterable[int]]:
-    """NFC of the characters, and where each character of it was."""
-    text = "".join(characters)
-    whole = unicodedata.normalize("NFC", text)
-    if whole == text:
-        return text, origins
-    found.add("non_nfc")
-    pieces: list[str] = []
+def _places(text: str, origins: Sequence[int], whole: str) -> list[int]:
+    """Where each character of `whole`, the NFC form of `text`, was: origins are of `text`."""
     where: list[int] = []
+    pieces: list[str] = []
     start = 0
-    for stop in [*range(1, len(characters)), len(characters)]:
-        if stop < len(characters) and _continues(characters[stop]):
+    for stop in range(1, len(text) + 1):
+        if stop < len(text) and _continues(text[stop]):
             continue
         piece = unicodedata.normalize("NFC", text[start:stop])
         pieces.append(piece)
@@ -246,8 +292,8 @@ def _composed(
         start = stop
     if "".join(pieces) != whole:  # pragma: no cover - a rule of composition unknown here
         last = origins[-1] if origins else 0
-        return whole, (where + [last] * len(whole))[: len(whole)]
-    return whole, where
+        return (where + [last] * len(whole))[: len(whole)]
+    return where
 
 
 def _continues(character: str) -> bool:

@@ -12,8 +12,10 @@ what a test found. Each gives one p-value per reading:
 
 As soon as one of the last two is among the tests, all tests are corrected by Holm (Bonferroni for
 the best), which holds under every dependence. What a compromised version finds counts only for a
-text that is known to have existed before the compromise. Nothing here touches a database while the
-keys in memory are fresh; texts and ids are neither kept nor logged.
+text that is known to have existed before the compromise, and what a version finds that never came
+into use does not count at all: versions can be made by the thousand until one fits a text. Nothing
+here touches a database while the keys in memory are fresh; texts and ids are neither kept nor
+logged. A text is read, as it is hashed, in Unicode's form NFC.
 """
 
 import math
@@ -47,7 +49,7 @@ from filigrane.foreign import from_tag as profile_from_tag
 from filigrane.keys import Key, SecretWords
 from filigrane.schemes import from_tag
 from filigrane.schemes.base import Scheme
-from filigrane.service.contents import Cleaned, cleaned, content_hash, ids_hash, is_nfc
+from filigrane.service.contents import Cleaned, cleaned, content_hash, ids_hash
 from filigrane.service.tokenizing import Tokenizers
 
 if TYPE_CHECKING:
@@ -63,11 +65,13 @@ __all__ = [
     "KeyFinding",
     "MarkedSpan",
     "Query",
+    "Said",
     "Verdict",
 ]
 
 Verdict = Literal["detected", "inconclusive", "too_short"]
 ReadingName = Literal["given", "cleaned"]
+Said = Literal["detected", "uncounted", "inconclusive", "too_short"]
 
 MAX_ALPHA: Final = 0.1
 CAUTIONS: Final = {
@@ -79,9 +83,8 @@ CAUTIONS: Final = {
     "key is short: it detects honest use and does not prove origin.",
     "imported_key": "The key was not made by this service. That it was not chosen to fit the text "
     "rests on the date of its commitment in the log.",
-    "not_nfc": "A compromised key can count only for a text in Unicode's form NFC, for which its "
-    "content hash stands; send the text in that form.",
-    "pre_active_key": "The mark is of a key that is not in use yet.",
+    "pre_active_key": "A key that never came into use agrees with the text. That does not count: "
+    "such keys can be made until one fits.",
     "receipt_shown_before": "The receipt that was shown as evidence was shown before.",
     "repetitive": "More than half of the text repeats itself; what repeats counts once.",
     "several_keys": "More than one key agrees with the text: it may be a mixture of texts.",
@@ -112,7 +115,8 @@ class Query:
     text, or tokens: (n,) ids without a prompt, one of the two; model, key, tokenizer: hints that
     leave out keys, None if unknown (key: a key's name, or one version's id; tokenizer: name or
     fingerprint); alpha: in (0, 0.1]; receipt: one of this service for the same content, to show
-    that it existed by then; evidence: whether spans and the evidence of each token are wanted.
+    that it existed by then; evidence: whether spans and the evidence of each token are wanted;
+    min_tokens: if any reading has fewer, nothing is tested and the verdict is "too_short".
 
     Hints must come from outside the text, not from an earlier answer about it.
     """
@@ -125,6 +129,7 @@ class Query:
     alpha: float = 1e-6
     receipt: str | None = None
     evidence: bool = False
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         if (self.text is None) == (self.tokens is None):
@@ -142,7 +147,8 @@ class KeyFinding:
 
     mark: tag; log_pvalue: natural log of its better reading, corrected for its own slots only;
     log_pvalue_holm: corrected for every test that was made; reading: which text that was; counts:
-    whether it may count, see "compromised_key"; commitment, log_index: what the log has of it.
+    whether it may count, see "compromised_key" and "pre_active_key"; commitment, log_index: what
+    the log has of it.
     """
 
     key_id: str
@@ -162,7 +168,8 @@ class KeyFinding:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MarkedSpan:
     """Tokens start to stop - 1 carry the mark, and so do characters start_char to stop_char - 1 of
-    the text as it was sent (None for ids). log_pvalue: natural log, for the family of all windows.
+    the text as it was sent (None for ids). log_pvalue: natural log, for the family of all windows,
+    keys and readings.
     """
 
     start: int
@@ -196,10 +203,12 @@ class Finding:
     key_id: that version's, if detected; technique: what was looked for, or found; n_tokens,
     n_scored, n_repeated: of the best version's reading; n_keys: versions tested; n_tests: slots and
     readings of all of them; n_readings: 1, or 2 if a cleaned text was read as well; per_key: best
-    first; spans, heat: if evidence was asked for and the best version's scheme has them; cautions:
-    codes of CAUTIONS; unusual: codes of `contents.Cleaned`; method: how p-values were computed and
-    corrected; content_sha256, content_kind: `contents.content_hash` of text or ids; tried: ids of
-    the versions tested, sorted; revision: of the tenant's keys.
+    first; spans, heat: if evidence was asked for, of the best version that counts, if its scheme
+    has them; cautions: codes of CAUTIONS; unusual: codes of `contents.Cleaned`; method: how
+    p-values were computed and corrected; content_sha256, content_kind: `contents.content_hash` of
+    text or ids; tried: ids of the versions tested, sorted; n_readable: versions of the tenant that
+    can be read, before hints; hints: those that were used, as (name, value); revision: of the
+    tenant's keys.
     """
 
     verdict: Verdict
@@ -222,7 +231,17 @@ class Finding:
     content_sha256: str
     content_kind: Literal["text", "ids"]
     tried: tuple[str, ...]
+    n_readable: int
+    hints: tuple[tuple[str, str], ...]
     revision: int
+
+    @property
+    def said(self) -> Said:
+        """What words are chosen by: the verdict, or "uncounted" where the only marks that were
+        found do not count, which is inconclusive and not the same as none.
+        """
+        found = {"compromised_key", "pre_active_key"} & set(self.cautions)
+        return "uncounted" if found and self.verdict == "inconclusive" else self.verdict
 
     @property
     def log10_pvalue(self) -> float:
@@ -390,40 +409,43 @@ class Detector:
     def __repr__(self) -> str:
         return f"<Detector of {len(self._snapshots)} tenants>"
 
-    def detect(self, tenant: str, query: Query) -> Finding:
+    def detect(self, tenant: str, query: Query, *, clean: Cleaned | None = None) -> Finding:
         """Look for the tenant's marks. Same keys, same query: same answer.
 
-        Raises NotFound if no key fits the hints; ModelError if none can be tested for want of a
-        tokenizer; TokenError for what is no text or no ids; VocabularyMismatch if the ids fit no
-        key; ReceiptError for a receipt that is none of this content; KmsError or StoreError if keys
-        are neither in memory nor to be had, which never reads as "not detected".
+        clean: `contents.cleaned` of the query's text, if the caller has it already. Raises NotFound
+        if no key fits the hints; ModelError if none can be tested for want of a tokenizer;
+        TokenError for what is no text or no ids; VocabularyMismatch if the ids fit no key;
+        ReceiptError for a receipt that is none of this content; KmsError or StoreError if keys are
+        neither in memory nor to be had, which never reads as "not detected".
         """
         snapshot = self._snapshot(tenant)
         candidates = fitting(snapshot.candidates, query, self._tokenizers)
         cautions: set[str] = {"stale_keys"} if snapshot.stale else set()
-        content: str | TokenIds
-        clean: Cleaned | None = None
+        ids: TokenIds | None = None
         if query.text is not None:
-            content = query.text
-            clean = cleaned(query.text)
+            clean = clean or cleaned(query.text)
+            sha256 = content_hash(clean.given.text)
         else:
             assert query.tokens is not None
-            content = as_token_ids(query.tokens)
-        sha256 = content_hash(content) if isinstance(content, str) else ids_hash(content)
+            clean, ids = None, as_token_ids(query.tokens)
+            sha256 = ids_hash(ids)
         since = None
         if query.receipt is not None and self._receipts is not None:
             since = self._receipts.existed_at(query.receipt, tenant, sha256)
             if self._receipts.shown_before(query.receipt):
                 cautions.add("receipt_shown_before")
-        outcomes, n_tokens, short = self._tests(candidates, query, content, clean, cautions)
+        read = self._read(candidates, query, ids, clean, cautions)
+        lengths = [reading.ids.shape[0] for _, readings in read for reading in readings]
+        # Before any test: what is too short is told nothing, not even by which caution.
+        short = min(lengths) < query.min_tokens
+        tests = ([], 0) if short else _tests(read, cautions)
         return self._judge(
             query=query,
             snapshot=snapshot,
-            outcomes=outcomes,
-            short=short,
-            n_tokens=n_tokens,
+            outcomes=tests[0],
+            short=tests[1],
+            n_tokens=min(lengths) if short else lengths[0],
             clean=clean,
-            content=content,
             sha256=sha256,
             since=since,
             cautions=cautions,
@@ -526,69 +548,45 @@ class Detector:
 
     # ------------------------------------------------------------------ tests and judgement
 
-    def _tests(
+    def _read(
         self,
         candidates: Sequence[_Candidate],
         query: Query,
-        content: str | TokenIds,
+        ids: TokenIds | None,
         clean: Cleaned | None,
         cautions: set[str],
-    ) -> tuple[list[_Outcome], int, int]:
-        """Every test; the tokens of the first reading; how many candidates found it too short."""
+    ) -> list[tuple[_Candidate, list[_Reading]]]:
+        """Candidates that can be tested, each with its readings. Raises ModelError if none can."""
+        if clean is None:
+            assert ids is not None
+            only = [_Reading("given", ids, None)]
+            return [(candidate, only) for candidate in candidates]
         made: dict[str, list[_Reading]] = {}
-        shared = _Shared()
-        outcomes: list[_Outcome] = []
-        short = mismatched = unreadable = n_tokens = 0
+        read: list[tuple[_Candidate, list[_Reading]]] = []
         for candidate in candidates:
-            if isinstance(content, str):
-                which = query.tokenizer or candidate.record.spec.tokenizer_sha256
-                if which is None:
-                    unreadable += 1
-                    continue
-                if which not in made:
-                    try:
-                        made[which] = self._readings(content, clean, which)
-                    except ModelError:
-                        made[which] = []
-                readings = made[which]
-                if not readings:
-                    unreadable += 1
-                    continue
-            else:
-                readings = made.setdefault("", [_Reading("given", content, None)])
-            n_tokens = n_tokens or readings[0].ids.shape[0]
-            tested = False
-            for reading in readings:
+            which = query.tokenizer or candidate.record.spec.tokenizer_sha256
+            if which is None:
+                continue
+            if which not in made:
                 try:
-                    outcomes.append(candidate.test(reading, shared))
-                    tested = True
-                except TooShort:
-                    continue
-                except VocabularyMismatch:
-                    mismatched += 1
-                    tested = True
-                    break
-            short += not tested
-        if unreadable:
-            if unreadable == len(candidates):
-                raise ModelError(
-                    "no key could be tested: the service lacks the tokenizers of all that fit. "
-                    f"Name one that it has ({', '.join(self._tokenizers.names())}), or send ids."
-                )
+                    made[which] = self._readings(clean, which)
+                except ModelError:
+                    made[which] = []
+            if made[which]:
+                read.append((candidate, made[which]))
+        if not read:
+            raise ModelError(
+                "no key could be tested: the service lacks the tokenizers of all that fit. "
+                f"Name one that it has ({', '.join(self._tokenizers.names())}), or send ids."
+            )
+        if len(read) < len(candidates):
             cautions.add("tokenizer_missing")
-        if mismatched:
-            if not outcomes and not short:
-                raise VocabularyMismatch(
-                    "the ids lie outside the vocabulary of every key that fits; were they made by "
-                    "another tokenizer?"
-                )
-            cautions.add("vocabulary_mismatch")
-        return outcomes, n_tokens, short
+        return read
 
-    def _readings(self, text: str, clean: Cleaned | None, which: str) -> list[_Reading]:
-        given = self._tokenizers.encode(text, which)
-        readings = [_Reading("given", given.ids, given.offsets)]
-        if clean is not None and clean.text != text:
+    def _readings(self, clean: Cleaned, which: str) -> list[_Reading]:
+        given = self._tokenizers.encode(clean.given.text, which)
+        readings = [_Reading("given", given.ids, clean.given.origins[given.offsets])]
+        if clean.text != clean.given.text:
             second = self._tokenizers.encode(clean.text, which)
             # A tokenizer may clean by itself; what is the same is not read, nor paid for, twice.
             if not np.array_equal(second.ids, given.ids):
@@ -605,7 +603,6 @@ class Detector:
         short: int,
         n_tokens: int,
         clean: Cleaned | None,
-        content: str | TokenIds,
         sha256: str,
         since: datetime | None,
         cautions: set[str],
@@ -615,7 +612,7 @@ class Detector:
         )
         logs = [outcome.log_pvalue for outcome in outcomes]
         adjusted = holm_sidak(logs) if independent else [float(p) for p in stats.holm(logs)]
-        per_key = _per_key(outcomes, adjusted, content, since)
+        per_key = _per_key(outcomes, adjusted, since)
         n_tests = sum(outcome.candidate.slots for outcome in outcomes)
         n_readings = 1 + any(outcome.reading.name == "cleaned" for outcome in outcomes)
         limit = math.log(query.alpha)
@@ -631,13 +628,13 @@ class Detector:
             verdict = "too_short"
         if n_readings == 2:
             cautions.add("unusual_characters")
-        cautions |= _cautions(found, hits, content)
+        cautions |= _cautions(found, hits)
         if best is not None and best.finding.n_repeated > best.finding.n_scored:
             cautions.add("repetitive")
         spans: tuple[MarkedSpan, ...] = ()
         heat: Heat | None = None
-        if query.evidence and best is not None:
-            spans, heat = _evidence(best.outcome, query.alpha / max(1, len(outcomes)))
+        if query.evidence and best is not None and best.finding.counts:
+            spans, heat = _evidence(best.outcome, query.alpha, len(outcomes))
         reading = best.outcome.reading if best is not None else None
         names = sorted({one.outcome.candidate.mark.name for one in (hits[:1] or per_key)})
         return Finding(
@@ -659,8 +656,10 @@ class Detector:
             unusual=() if clean is None else clean.unusual,
             method=_method(independent, len(per_key), n_tests, n_readings, short),
             content_sha256=sha256,
-            content_kind="text" if isinstance(content, str) else "ids",
+            content_kind="text" if clean is not None else "ids",
             tried=tuple(sorted(one.finding.key_id for one in per_key)),
+            n_readable=len(snapshot.candidates),
+            hints=_hints(query),
             revision=snapshot.revision,
         )
 
@@ -669,6 +668,41 @@ class Detector:
 class _Judged:
     finding: KeyFinding
     outcome: _Outcome
+
+
+def _tests(
+    read: Sequence[tuple[_Candidate, list[_Reading]]], cautions: set[str]
+) -> tuple[list[_Outcome], int]:
+    """Every test, and how many candidates found all readings too short."""
+    shared = _Shared()
+    outcomes: list[_Outcome] = []
+    short = mismatched = 0
+    for candidate, readings in read:
+        tested = False
+        for reading in readings:
+            try:
+                outcomes.append(candidate.test(reading, shared))
+                tested = True
+            except TooShort:
+                continue
+            except VocabularyMismatch:
+                mismatched += 1
+                tested = True
+                break
+        short += not tested
+    if mismatched:
+        if not outcomes and not short:
+            raise VocabularyMismatch(
+                "the ids lie outside the vocabulary of every key that fits; were they made by "
+                "another tokenizer?"
+            )
+        cautions.add("vocabulary_mismatch")
+    return outcomes, short
+
+
+def _hints(query: Query) -> tuple[tuple[str, str], ...]:
+    given = {"key": query.key, "model": query.model, "tokenizer": query.tokenizer}
+    return tuple((name, value) for name, value in given.items() if value is not None)
 
 
 def fitting(
@@ -720,7 +754,6 @@ def holm_sidak(log_ps: Sequence[float]) -> list[float]:
 def _per_key(
     outcomes: Sequence[_Outcome],
     adjusted: Sequence[float],
-    content: str | TokenIds,
     since: datetime | None,
 ) -> list[_Judged]:
     """The better reading of each version, best first."""
@@ -744,7 +777,7 @@ def _per_key(
                 n_repeated=outcome.n_repeated,
                 slots=outcome.candidate.slots,
                 reading=outcome.reading.name,
-                counts=_counts(outcome.candidate.record, content, since),
+                counts=_counts(outcome.candidate.record, since),
                 commitment=outcome.candidate.record.commitment,
                 log_index=outcome.candidate.record.log_index,
             ),
@@ -756,15 +789,17 @@ def _per_key(
     return judged
 
 
-def _counts(record: "VersionRecord", content: str | TokenIds, since: datetime | None) -> bool:
+def _counts(record: "VersionRecord", since: datetime | None) -> bool:
     """Whether what this version finds may count."""
+    if record.promoted_at is None:
+        return False
     if record.state is not State.COMPROMISED:
         return True
-    if since is None or record.compromised_since is None or since >= record.compromised_since:
-        return False
-    # The hash is of the NFC form, and a text of n accents has 2**n forms: whoever has the key could
-    # choose one that seems marked, for an old receipt of a text that is not.
-    return not isinstance(content, str) or is_nfc(content)
+    return (
+        since is not None
+        and record.compromised_since is not None
+        and since < record.compromised_since
+    )
 
 
 def _too_short(judged: Sequence[_Judged], n_tests: int, alpha: float) -> bool:
@@ -772,14 +807,12 @@ def _too_short(judged: Sequence[_Judged], n_tests: int, alpha: float) -> bool:
     return scored * _MOST_NATS < math.log(max(1, n_tests)) - math.log(alpha)
 
 
-def _cautions(
-    found: Sequence[_Judged], hits: Sequence[_Judged], content: str | TokenIds
-) -> set[str]:
-    cautions: set[str] = set()
-    if any(not one.finding.counts for one in found):
-        cautions.add("compromised_key")
-        if isinstance(content, str) and not is_nfc(content):
-            cautions.add("not_nfc")
+def _cautions(found: Sequence[_Judged], hits: Sequence[_Judged]) -> set[str]:
+    cautions = {
+        "pre_active_key" if one.outcome.candidate.record.promoted_at is None else "compromised_key"
+        for one in found
+        if not one.finding.counts
+    }
     if len(found) > 1:
         cautions.add("several_keys")
     if not hits:
@@ -788,8 +821,6 @@ def _cautions(
     record = best.outcome.candidate.record
     if best.finding.reading == "cleaned":
         cautions.add("cleaned_reading")
-    if record.state is State.PRE_ACTIVE:
-        cautions.add("pre_active_key")
     if record.spec.source == "imported":
         cautions.add("imported_key")
     if isinstance(best.outcome.candidate.mark, Profile):
@@ -810,14 +841,16 @@ def _method(independent: bool, n_keys: int, n_tests: int, n_readings: int, short
     return text + (f"; {short} keys score no position" if short else "")
 
 
-def _evidence(outcome: _Outcome, alpha: float) -> tuple[tuple[MarkedSpan, ...], Heat | None]:
-    """Where the mark is, for schemes of ours; alpha is what is left after all tests are paid."""
+def _evidence(
+    outcome: _Outcome, alpha: float, n_tests: int
+) -> tuple[tuple[MarkedSpan, ...], Heat | None]:
+    """Where the mark is, for schemes of ours, paid for by Bonferroni over keys and readings."""
     candidate, reading = outcome.candidate, outcome.reading
     if isinstance(candidate.mark, Profile) or not isinstance(candidate.key, Key):
         return (), None
     from filigrane.localisation import localise
 
-    result = localise(reading.ids, candidate.key, candidate.mark, alpha=alpha)
+    result = localise(reading.ids, candidate.key, candidate.mark, alpha=alpha / n_tests)
     offsets = reading.offsets
 
     def characters(start: int, stop: int) -> tuple[int | None, int | None]:
@@ -831,7 +864,7 @@ def _evidence(outcome: _Outcome, alpha: float) -> tuple[tuple[MarkedSpan, ...], 
             stop=span.stop,
             start_char=characters(span.start, span.stop)[0],
             stop_char=characters(span.start, span.stop)[1],
-            log_pvalue=span.log_pvalue,
+            log_pvalue=min(0.0, span.log_pvalue + math.log(n_tests)),
             n_scored=span.n_scored,
         )
         for span in result.spans

@@ -23,6 +23,7 @@ from filigrane.service import problems, telemetry
 from filigrane.service.answers import Content, expert_answer
 from filigrane.service.detecting import Query
 from filigrane.service.problems import Problem
+from filigrane.service.upkeep import Upkeep
 
 if TYPE_CHECKING:
     from filigrane.service.office import Office
@@ -32,7 +33,6 @@ __all__ = ["Item", "Options", "Worker", "read_items", "results_of"]
 
 _IDLE_S: Final = 1.0
 _BACK_OFF_S: Final = 2.0
-_EXPIRE_EVERY_S: Final = 60.0
 _STOP_S: Final = 10.0
 _GIVEN_UP: Final = "given up"
 
@@ -86,6 +86,7 @@ class Worker:
 
     def __init__(self, office: "Office") -> None:
         self._office = office
+        self._upkeep = Upkeep(office)
         self._name = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._stopping = threading.Event()
         self._waking = threading.Event()
@@ -111,15 +112,12 @@ class Worker:
             self._thread.join(_STOP_S)
 
     def _work(self) -> None:
-        expired_at = -_EXPIRE_EVERY_S
         while not self._stopping.is_set():
             # Before looking, so that work that comes while looking is not slept over.
             self._waking.clear()
             wait = _IDLE_S
             try:
-                if time.monotonic() - expired_at > _EXPIRE_EVERY_S:
-                    expired_at = time.monotonic()
-                    self._office.jobs.expire()
+                self._upkeep.run()
                 chunk = self._office.jobs.claim(self._name, self._lease_s, limit=self._chunk)
                 if chunk is not None:
                     wait = 0.0 if self._do(chunk) else _BACK_OFF_S

@@ -17,7 +17,6 @@ import numpy.typing as npt
 
 from filigrane.adapters.leases.sealing import Lease, LeasedKey, seal
 from filigrane.custody.audit import Fact
-from filigrane.custody.states import State
 from filigrane.errors import NotFound, StateError
 from filigrane.foreign import ForeignKey
 from filigrane.keys import _Secret
@@ -67,7 +66,6 @@ class Leases:
         keys = tuple(
             self._leased(version, engine.name)
             for version in self._keybook.for_engine(who.tenant, engine.name)
-            if version.state in (State.PRE_ACTIVE, State.ACTIVE)
         )
         lease = Lease(
             tenant=who.tenant,
@@ -91,7 +89,7 @@ class Leases:
         engine = self.engine_of(who)
         mine = {v.id: v for v in self._keybook.for_engine(who.tenant, engine.name)}
         version = mine.get(version_id)
-        if version is None or version.state not in (State.PRE_ACTIVE, State.ACTIVE):
+        if version is None:
             raise NotFound("there is no such version for this engine; ask for a new lease.")
         if engine.name not in version.acknowledged:
             self._keybook.acknowledge(who.tenant, engine.name, version_id, proof)

@@ -95,6 +95,7 @@ def open_office(settings: Settings) -> Office:
         closing.callback(kms.close)
         access, log = Access(database), Log(database, kms)
         keybook = KeyBook(database, kms, secret_lifetime_s=lifetime_s)
+        closing.callback(keybook.forget)
         tokenizers = Tokenizers(settings.tokenizers)
         receipts = Receipts(log, kms, secret_lifetime_s=lifetime_s)
         detector = Detector(
@@ -105,6 +106,7 @@ def open_office(settings: Settings) -> Office:
             lifetime_s=lifetime_s,
             outage_s=settings.limits.outage_s,
         )
+        closing.callback(detector.forget)
         tracer = Tracer(detector, access, log, receipts)
         closing.callback(tracer.close)
         office = Office(

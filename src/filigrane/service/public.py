@@ -3,19 +3,26 @@
 Whoever may ask often, and learns a little from every answer, can climb towards a text that is no
 longer detected, or is detected without having been marked. So there is no number in an answer, the
 same text always gets the same one, short texts get none, identities and networks are limited, and
-so is the number of texts that are nearly alike, whoever asks about them:
+so is how many texts that are nearly alike an identity or network may ask about:
 
     shingles    8 characters of the cleaned text, case and spaces folded, hashed under a random key
-    sketch      the smallest hash in each of 64 bins (one-permutation MinHash), 16 bands of 4
-    alike       3 bands in common: likely from a Jaccard similarity of about 0.7 on
+    features    the smallest hash among every 31 in a row (winnowing): about one in 16 shingles,
+                chosen by what is around them, so that text added elsewhere changes none
+    alike       half of some 24 features in a row, about 400 characters, are of one group of texts
 
-Key and sketches live in memory for an hour and are then forgotten together. Nothing else of a text
-is kept. Texts drift while somebody climbs: each counted text joins the group that it is like.
+Features live in memory for an hour and are then forgotten together with their key. Nothing else of
+a text is kept. Texts drift while somebody climbs: each counted text joins the group that it is most
+like. Who asks first about texts of a kind is always answered, or one could lock a text out for all
+others; beyond that all askers together have a budget as well, many times as large.
+
+This slows a climber down and is no wall: networks can be rented, memory is bounded and forgets what
+is oldest first, and words put in between all others make any text unlike.
 """
 
 import dataclasses
 import hashlib
 import ipaddress
+import os
 import secrets
 import threading
 import time
@@ -30,9 +37,9 @@ import numpy.typing as npt
 from limits.storage import MemoryStorage
 from limits.strategies import FixedWindowRateLimiter
 
-from filigrane.errors import FiligraneError
-from filigrane.service.contents import cleaned
-from filigrane.service.detecting import Detector, Finding, Query, Verdict
+from filigrane.errors import FiligraneError, ModelError, NotReady
+from filigrane.service.contents import Cleaned, cleaned
+from filigrane.service.detecting import CAUTIONS, Detector, Finding, Query, Said, Verdict
 
 __all__ = [
     "HEADLINES",
@@ -46,11 +53,16 @@ __all__ = [
     "network_of",
 ]
 
-HEADLINES: Final[dict[Verdict, tuple[str, str]]] = {
+HEADLINES: Final[dict[Said, tuple[str, str]]] = {
     "detected": (
         "A mark was found.",
         "The text carries the mark of one of this provider's keys: at least parts of it passed "
         "through a model of theirs. That does not say who wrote it, or what was changed since.",
+    ),
+    "uncounted": (
+        "A mark was found that does not count.",
+        "It agrees with a key that others may have had, or that never came into use. So it says "
+        "nothing of where the text is from.",
     ),
     "inconclusive": (
         "No mark was found.",
@@ -62,7 +74,7 @@ HEADLINES: Final[dict[Verdict, tuple[str, str]]] = {
         "Short texts hold too little evidence either way. Send a longer part of the same text.",
     ),
 }
-"""Verdict -> what is said, and what it means."""
+"""`Finding.said` -> what is said, and what it means."""
 TECHNIQUE: Final = "keyed statistical watermark"
 LIMITS: Final = (
     "A mark can be removed by rewriting or translation, and be carried along by quotation.",
@@ -73,16 +85,26 @@ LIMITS: Final = (
 """What everybody is told beside the answer."""
 
 _SHINGLE: Final = 8
-_BINS: Final = 64
-_BANDS: Final = 16
-_COMMON: Final = 3
+_SPREAD: Final = 31
+_WINDOW: Final = 24
 _KEY_LIFETIME_S: Final = 3600.0
+_WIDE: Final = 50
 _ODD: Final = np.uint64(1)
+_TOLD: Final = ("foreign_profile", "imported_key", "several_slots")
+_NOUNS: Final = {
+    "identity": "identity",
+    "network": "network",
+    "receipts": "identity or network that asks for receipts",
+}
+_UNREAD: Final = frozenset({"stale_keys", "tokenizer_missing"})
+# Texts that are worked on at once, and how long others wait for a turn, seconds.
+_AT_ONCE: Final = max(2, os.cpu_count() or 2)
+_PATIENCE_S: Final = 2.0
 
 
 class BudgetSpent(FiligraneError):
-    """Somebody asked too often. reason: "identity", "network" or "near_duplicates"; retry_after_s:
-    when asking again makes sense.
+    """Somebody asked too often. reason: "identity", "network", "near_duplicates",
+    "receipts" or "length"; retry_after_s: when asking again makes sense.
     """
 
     def __init__(self, message: str, *, reason: str, retry_after_s: float) -> None:
@@ -97,7 +119,9 @@ class PublicLimits:
 
     min_tokens: shorter texts are "too_short"; alpha: the one level of this tier; per_identity,
     per_network: rates in the words of `limits` ("60/minute"); near_duplicates: texts that are
-    nearly alike, per hour, whoever sends them; 0 for no such limit; max_characters: of one text.
+    nearly alike, per hour, of one identity, or of one network without identities, and fifty times
+    as many of all together; 0 for no such limit; max_characters: of one text; receipts: rate of
+    signed receipts, each of which is a line in the log for ever, of one identity or network.
     """
 
     min_tokens: int = 200
@@ -105,52 +129,61 @@ class PublicLimits:
     per_identity: str = "30/minute"
     per_network: str = "120/minute"
     near_duplicates: int = 20
-    max_characters: int = 200_000
+    max_characters: int = 20_000
+    receipts: str = "20/hour"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublicAnswer:
-    """What the public is told. finding: for receipts and counters; never shown."""
+    """What the public is told. notes: what the validity of a found mark depends on; finding: for
+    receipts and counters; never shown.
+    """
 
     verdict: Verdict
     headline: str
     explanation: str
     technique: str
     limits: tuple[str, ...]
+    notes: tuple[str, ...]
     min_tokens: int
     finding: Finding
 
     @property
     def as_told(self) -> Finding:
-        """The finding with the verdict that was told, for a receipt."""
-        if self.verdict == self.finding.verdict:
-            return self.finding
-        return dataclasses.replace(self.finding, verdict=self.verdict, key_id=None)
+        """The finding for a receipt, with no more than was told."""
+        return dataclasses.replace(
+            self.finding,
+            technique=TECHNIQUE,
+            cautions=() if self.verdict == "too_short" else self.finding.cautions,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class _Counted:
     group: int
-    bands: tuple[bytes, ...]
+    features: tuple[int, ...]
     answered: bool
 
 
 class NearDuplicates:
     """Counts texts that are nearly alike, without keeping them. Thread-safe.
 
-    budget: how many different texts a group may have in the lifetime of a key; most: texts
-    remembered; clock: seconds, monotonic.
+    budget: how many different texts that are alike somebody may have in the lifetime of a key;
+    together: how many all have of one tenant, 50 times as many if None; most: features remembered,
+    some hundred bytes each; clock: seconds, monotonic.
     """
 
     def __init__(
         self,
         budget: int,
         *,
-        most: int = 16_384,
+        together: int | None = None,
+        most: int = 250_000,
         lifetime_s: float = _KEY_LIFETIME_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._budget = budget
+        self._together = _WIDE * budget if together is None else together
         self._most = most
         self._lifetime_s = lifetime_s
         self._clock = clock
@@ -160,88 +193,109 @@ class NearDuplicates:
     def __repr__(self) -> str:
         return f"<NearDuplicates budget={self._budget}>"
 
-    def spend(self, scope: str, text: str) -> float:
+    def spend(self, tenant: str, who: str, text: Cleaned) -> float:
         """Count a text; 0.0 if it may be answered, else the seconds until it might.
 
-        scope: texts of different scopes are never alike. The very same text costs nothing again.
+        Texts of different tenants are never alike. The very same text costs nothing again, and the
+        first of its kind that somebody asks about is always answered.
         """
         with self._lock:
             if self._clock() - self._born >= self._lifetime_s:
                 self._renew()
             born, key = self._born, self._key
-        digest = hashlib.blake2b(
-            f"{scope}\0{text}".encode("utf-8", "surrogatepass"), key=key, digest_size=16
-        ).digest()
-        bands = self._bands(scope, text, key)
+        hashes = _features(" ".join(text.text.casefold().split()), key)
+        own = self._named(f"{tenant}\0{who}", text.given.text, hashes, key)
+        wide = self._named(tenant, text.given.text, hashes, key)
         with self._lock:
             if born != self._born:
                 return 0.0
-            known = self._texts.get(digest)
-            group = self._group_of(bands) if known is None else known.group
-            answered = (
-                known.answered if known is not None else (self._sizes.get(group, 0) < self._budget)
-            )
+            known = self._texts.get(own[0])
             if known is None:
                 # What is not answered joins as well, or somebody could walk away unseen.
-                self._remember(digest, _Counted(group, bands, answered))
-        return 0.0 if answered else max(1.0, self._lifetime_s - (self._clock() - born))
+                group, everybodys = self._group_of(own[1]), self._texts.get(wide[0])
+                total = self._group_of(wide[1]) if everybodys is None else everybodys.group
+                size = self._sizes.get(group, 0)
+                free = everybodys is not None and everybodys.answered
+                answered = size < self._budget and (
+                    size == 0 or free or self._sizes.get(total, 0) < self._together
+                )
+                known = self._remember(own, group, answered)
+                if not free:
+                    self._forget(wide[0])
+                    self._remember(wide, total, answered)
+                while self._n_features > self._most and len(self._texts) > 2:
+                    self._forget(next(iter(self._texts)))
+        return 0.0 if known.answered else max(1.0, self._lifetime_s - (self._clock() - born))
 
-    def _remember(self, digest: bytes, counted: _Counted) -> None:
-        self._texts[digest] = counted
-        if counted.answered:
-            self._sizes[counted.group] = self._sizes.get(counted.group, 0) + 1
-        for band in counted.bands:
-            self._groups[band] = counted.group
-        while len(self._texts) > self._most:
-            _, old = self._texts.popitem(last=False)
-            for band in old.bands:
-                if self._groups.get(band) == old.group:
-                    del self._groups[band]
-            if old.answered:
-                self._sizes[old.group] -= 1
-                if not self._sizes[old.group]:
-                    del self._sizes[old.group]
+    @staticmethod
+    def _named(
+        scope: str, text: str, hashes: npt.NDArray[np.uint64], key: bytes
+    ) -> tuple[bytes, tuple[int, ...]]:
+        """Digest and features of a text, which are others in each scope."""
+        data = f"{scope}\0{text}".encode("utf-8", "surrogatepass")
+        digest = hashlib.blake2b(data, key=key, digest_size=16).digest()
+        other = hashlib.blake2b(scope.encode("utf-8"), key=key, digest_size=8).digest()
+        mixed = hashes ^ np.uint64(int.from_bytes(other, "little"))
+        return digest, tuple(dict.fromkeys(mixed.tolist()))
+
+    def _remember(
+        self, named: tuple[bytes, tuple[int, ...]], group: int, answered: bool
+    ) -> _Counted:
+        digest, features = named
+        # A feature stays with the group that had it first: nobody can carry it into another.
+        new = tuple(one for one in features if one not in self._groups)
+        self._groups.update(dict.fromkeys(new, group))
+        self._n_features += len(new) + 1
+        counted = self._texts[digest] = _Counted(group, new, answered)
+        if answered:
+            self._sizes[group] = self._sizes.get(group, 0) + 1
+        return counted
+
+    def _forget(self, digest: bytes) -> None:
+        old = self._texts.pop(digest, None)
+        if old is None:
+            return
+        for feature in old.features:
+            del self._groups[feature]
+        self._n_features -= len(old.features) + 1
+        if old.answered:
+            self._sizes[old.group] -= 1
+            if not self._sizes[old.group]:
+                del self._sizes[old.group]
 
     def __len__(self) -> int:
-        return len(self._texts)
+        return self._n_features
 
     def _renew(self) -> None:
         self._born = self._clock()
         self._key = secrets.token_bytes(32)
         self._texts: OrderedDict[bytes, _Counted] = OrderedDict()
-        self._groups: dict[bytes, int] = {}
+        self._groups: dict[int, int] = {}
         self._sizes: dict[int, int] = {}
+        self._n_features = 0
         self._next = 0
 
-    def _group_of(self, bands: tuple[bytes, ...]) -> int:
-        """The group that a text is alike, the largest if there are several, or a new one."""
-        hits: dict[int, int] = {}
-        for band in bands:
-            group = self._groups.get(band)
+    def _group_of(self, features: tuple[int, ...]) -> int:
+        """The largest group that some part of a text is of, or a new one."""
+        found = [self._groups.get(feature) for feature in features]
+        width = min(_WINDOW, len(found))
+        counts: dict[int, int] = {}
+        alike: set[int] = set()
+        for place, group in enumerate(found):
+            if place >= width and (gone := found[place - width]) is not None:
+                counts[gone] -= 1
             if group is not None:
-                hits[group] = hits.get(group, 0) + 1
-        # Counted over groups, so that a text between two parts of a split group counts too.
-        if sum(hits.values()) >= _COMMON:
-            return max(hits, key=lambda group: (self._sizes.get(group, 0), group))
+                counts[group] = counts.get(group, 0) + 1
+                if 2 * counts[group] >= width:
+                    alike.add(group)
+        if alike:
+            return max(alike, key=lambda group: (self._sizes.get(group, 0), -group))
         self._next += 1
         return self._next
 
-    @staticmethod
-    def _bands(scope: str, text: str, key: bytes) -> tuple[bytes, ...]:
-        folded = " ".join(cleaned(text).text.casefold().split())
-        sketch = _sketch(folded, key)
-        rows = sketch.reshape(_BANDS, _BINS // _BANDS)
-        head = scope.encode("utf-8") + b"\0"
-        return tuple(
-            hashlib.blake2b(
-                head + bytes([number]) + row.tobytes(), key=key, digest_size=12
-            ).digest()
-            for number, row in enumerate(rows)
-        )
 
-
-def _sketch(text: str, key: bytes) -> npt.NDArray[np.uint32]:
-    """One-permutation MinHash, (64,) uint32, of a text's shingles."""
+def _features(text: str, key: bytes) -> npt.NDArray[np.uint64]:
+    """Hashes of the winnowed shingles of a text, in order."""
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.uint64)
     if codes.shape[0] < _SHINGLE:
         codes = np.pad(codes, (0, _SHINGLE - codes.shape[0]))
@@ -260,10 +314,10 @@ def _sketch(text: str, key: bytes) -> npt.NDArray[np.uint32]:
         hashes ^= hashes >> np.uint64(32)
         hashes *= np.uint64(0xD6E8FEB86659FD93)
         hashes ^= hashes >> np.uint64(32)
-    bins = (hashes >> np.uint64(58)).astype(np.int64)
-    smallest = np.full(_BINS, 0xFFFFFFFF, dtype=np.uint32)
-    np.minimum.at(smallest, bins, hashes.astype(np.uint32))
-    return smallest
+    rows = np.lib.stride_tricks.sliding_window_view(hashes, min(_SPREAD, n))
+    chosen = np.unique(rows.argmin(axis=1) + np.arange(rows.shape[0]))
+    found: npt.NDArray[np.uint64] = hashes[chosen]
+    return found
 
 
 class PublicTier:
@@ -285,28 +339,51 @@ class PublicTier:
         self._limiter = FixedWindowRateLimiter(MemoryStorage())
         self._per_identity = _rate(self.limits.per_identity)
         self._per_network = _rate(self.limits.per_network)
+        self._receipts = _rate(self.limits.receipts)
+        self._places = threading.BoundedSemaphore(_AT_ONCE)
 
     def __repr__(self) -> str:
         return f"<PublicTier {self.limits}>"
 
     def answer(
-        self, tenant: str, text: str, *, identity: str | None, address: str | None
+        self,
+        tenant: str,
+        text: str,
+        *,
+        identity: str | None,
+        address: str | None,
+        receipt: bool = False,
     ) -> PublicAnswer:
         """The answer, the same for the same text.
 
         identity: who asks, as far as known (the name of a token), else None; address: where from,
-        of which the network is limited as well. Raises BudgetSpent, and what Detector.detect does.
+        of which the network is limited as well; receipt: whether one will be issued. Raises
+        BudgetSpent; NotReady if nothing was found and not all keys could be read, or too many ask
+        at once; and what Detector.detect does.
         """
+        network = network_of(address)
         self._spend_rate("identity", self._per_identity, tenant, identity or address)
-        self._spend_rate("network", self._per_network, tenant, network_of(address))
+        self._spend_rate("network", self._per_network, tenant, network)
+        who = f"identity {identity}" if identity is not None else f"network {network}"
+        if receipt:
+            self._spend_rate("receipts", self._receipts, tenant, who)
         if len(text) > self.limits.max_characters:
             raise BudgetSpent(
                 f"a text has at most {self.limits.max_characters} characters here; send a part.",
                 reason="length",
                 retry_after_s=0.0,
             )
+        if not self._places.acquire(timeout=_PATIENCE_S):
+            raise NotReady("too many texts are tested at the moment; try again in a minute.")
+        try:
+            return self._answer(tenant, text, who)
+        finally:
+            self._places.release()
+
+    def _answer(self, tenant: str, text: str, who: str) -> PublicAnswer:
+        clean = cleaned(text)
         if self.limits.near_duplicates:
-            wait = self._alike.spend(tenant, text)
+            wait = self._alike.spend(tenant, who, clean)
             if wait:
                 raise BudgetSpent(
                     "too many texts that are nearly the same were asked about in this hour. "
@@ -314,17 +391,21 @@ class PublicTier:
                     reason="near_duplicates",
                     retry_after_s=wait,
                 )
-        finding = self._detector.detect(tenant, Query(text=text, alpha=self.limits.alpha))
-        verdict = finding.verdict
-        if finding.n_tokens < self.limits.min_tokens:
-            verdict = "too_short"
-        headline, explanation = HEADLINES[verdict]
+        query = Query(text=text, alpha=self.limits.alpha, min_tokens=self.limits.min_tokens)
+        try:
+            finding = self._detector.detect(tenant, query, clean=clean)
+        except ModelError:
+            raise _unread() from None
+        if finding.verdict == "inconclusive" and _UNREAD & set(finding.cautions):
+            raise _unread()
+        headline, explanation = HEADLINES[finding.said]
         return PublicAnswer(
-            verdict=verdict,
+            verdict=finding.verdict,
             headline=headline,
             explanation=explanation,
             technique=TECHNIQUE,
             limits=LIMITS,
+            notes=tuple(CAUTIONS[code] for code in _TOLD if code in finding.cautions),
             min_tokens=self.limits.min_tokens,
             finding=finding,
         )
@@ -336,10 +417,18 @@ class PublicTier:
             return
         reset = self._limiter.get_window_stats(rate, reason, tenant, who).reset_time
         raise BudgetSpent(
-            f"too many requests; the limit is {rate} for one {reason}. Wait a little.",
+            f"too many requests; the limit is {rate} for one {_NOUNS[reason]}. Wait a little.",
             reason=reason,
             retry_after_s=max(1.0, reset - time.time()),
         )
+
+
+def _unread() -> NotReady:
+    return NotReady(
+        "not all keys of this service can be read at the moment, so that nothing can be said of "
+        "this text. Its operator finds more in /readyz: a database that does not answer, or a "
+        "tokenizer that the settings or a key do not name."
+    )
 
 
 def network_of(address: str | None) -> str | None:

@@ -8,7 +8,10 @@
     form      RFC 7515 compact serialisation; Ed25519 (RFC 8037)
 
 A key that was chosen after a text can make any text seem marked. That is why a receipt carries the
-proof that its key stood in the log before it was issued, and why `verify` asks for it. Public
+proof that its key stood in the log before it was issued, and why `verify` asks for it. It proves
+nothing for a text that was known before: whoever makes keys can make them until one fits. So a
+receipt counts only for texts first seen after `committed_at`, which it says, and `check_date`
+checks; and it says how many versions could have been read, and which hints left some out. Public
 receipts hold the verdict and no number of the test; expert ones hold log p and spans as well.
 """
 
@@ -18,6 +21,7 @@ import json
 import math
 import secrets
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -35,34 +39,50 @@ from filigrane.custody import audit, merkle
 from filigrane.errors import AuditError, KmsError, NotFound, ReceiptError, StateError
 from filigrane.kms.base import KeyManagement
 from filigrane.service.contents import content_hash
-from filigrane.service.detecting import Finding, KeyFinding
+from filigrane.service.detecting import Finding, KeyFinding, Said
 from filigrane.store.log import Log, Signers
 from filigrane.store.material import Material
 
-__all__ = ["DETECTOR", "TYPE", "WORDS", "Receipt", "Receipts", "Replay", "content_hash", "verify"]
+__all__ = [
+    "DETECTOR",
+    "TYPE",
+    "WORDS",
+    "Receipt",
+    "Receipts",
+    "Replay",
+    "check_date",
+    "content_hash",
+    "verify",
+]
 
 TYPE: Final = "filigrane-receipt+jws"
 ISSUER: Final = "filigrane"
 DETECTOR: Final = f"filigrane/{__version__}"
 """Name and version of what tested."""
-WORDS: Final = {
+WORDS: Final[Mapping[Said, str]] = {
     "detected": "This text carries the mark of the key named here. That says what it passed "
-    "through, not who wrote it.",
+    "through, not who wrote it, and counts only for a text first seen after the key was committed "
+    "to, and before it was compromised, if it was.",
+    "uncounted": "A mark was found that does not count: others may have had its key, or the key is "
+    "not in use yet.",
     "inconclusive": "No mark was found under the keys named here. That does not say that the text "
     "was written by a human, nor that no model was used.",
     "too_short": "The text has too few positions to be tested; nothing follows from that.",
 }
-"""Verdict -> what a receipt says of it."""
+"""`Finding.said` -> what a receipt says of it."""
 MAX_RECEIPT: Final = 100_000
 _MAX_SPANS: Final = 64
 _SKEW: Final = timedelta(seconds=60)
 _CACHED: Final = 1024
+# A forged receipt must not cost a call to the key management system each time.
+_REFRESH_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
     """A receipt that was verified.
 
+    n_keys: versions tested, of n_readable that could be read; hints: what left out the others;
     key_id: whose mark was found, with proof that it was committed at committed_at, or None;
     log10_pvalue: on expert receipts only; claims: the whole payload.
     """
@@ -78,6 +98,8 @@ class Receipt:
     technique: str
     alpha: float
     n_keys: int
+    n_readable: int
+    hints: Mapping[str, str]
     key_id: str | None
     committed_at: datetime | None
     log10_pvalue: float | None
@@ -119,6 +141,19 @@ def verify(
     elif receipt.verdict == "detected":
         raise ReceiptError("this receipt says that a mark was found and does not say whose.")
     return receipt
+
+
+def check_date(receipt: Receipt, first_seen: datetime) -> None:
+    """Raise ReceiptError unless the key of the mark was committed to before the text was seen.
+
+    first_seen: when the text was first seen, from elsewhere than from whoever holds the key.
+    """
+    if receipt.committed_at is not None and first_seen < receipt.committed_at:
+        raise ReceiptError(
+            f"this receipt does not count for this text: the text was first seen "
+            f"{first_seen.isoformat()}, and the key was committed to after that, "
+            f"{receipt.committed_at.isoformat()}; it may have been chosen to fit."
+        )
 
 
 def _signed(token: str, jwks: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,6 +219,8 @@ def _read(claims: dict[str, Any]) -> Receipt:
             technique=_text(claims["technique"]),
             alpha=float(claims["alpha"]),
             n_keys=int(claims["n_keys"]),
+            n_readable=int(claims["n_readable"]),
+            hints={_text(name): _text(value) for name, value in claims["hints"].items()},
             key_id=None if mark is None else _text(mark["key"]),
             committed_at=None,
             log10_pvalue=None if number is None else float(number),
@@ -269,6 +306,8 @@ class Receipts:
         self._lock = threading.Lock()
         self._proofs: OrderedDict[tuple[str, str], dict[str, Any]] = OrderedDict()
         self._jwks: dict[str, Any] | None = None
+        self._asked = -math.inf
+        self._first: int | None = None
         self._replay = Replay()
 
     def __repr__(self) -> str:
@@ -295,11 +334,13 @@ class Receipts:
             "detector": DETECTOR,
             "content": {"sha256": finding.content_sha256, "kind": finding.content_kind},
             "verdict": finding.verdict,
-            "statement": WORDS[finding.verdict],
+            "statement": WORDS[finding.said],
             "technique": finding.technique,
             "alpha": finding.alpha,
             "n_keys": finding.n_keys,
             "n_tests": finding.n_tests,
+            "n_readable": finding.n_readable,
+            "hints": dict(finding.hints),
             "keys": list(finding.tried),
             "marks_sha256": hashlib.sha256("\n".join(tags).encode("ascii")).hexdigest(),
             "cautions": list(finding.cautions),
@@ -322,6 +363,8 @@ class Receipts:
                 ],
             }
         signer = self._signers.current()
+        if not any(key["kid"] == signer.key_id for key in (self._jwks or {}).get("keys", ())):
+            self._jwks = None
         self._log.append(
             tenant,
             actor,
@@ -347,7 +390,9 @@ class Receipts:
             return verify(token, self._known_jwks(), content)
         except ReceiptError:
             # The root may have got a version since.
-            known = self._known_jwks()
+            if time.monotonic() - self._asked < _REFRESH_S:
+                raise
+            known = self._jwks
             if self.jwks() == known:
                 raise
             return verify(token, self._known_jwks(), content)
@@ -375,6 +420,7 @@ class Receipts:
         While the key management system does not answer, those that were known before. KmsError if
         there are none.
         """
+        self._asked = time.monotonic()
         try:
             keys = [*self._signers.jwks()["keys"], *self._log.jwks()["keys"]]
         except KmsError:
@@ -387,7 +433,9 @@ class Receipts:
     def content_name(self, tenant: str, content_sha256: str) -> str:
         """What the log calls a content: its hash under a secret of the tenant, 64 hex digits."""
         # The first version of the root, so that the name of a content does not change.
-        root = min(self._kms.versions())
+        if self._first is None:
+            self._first = min(self._kms.versions())
+        root = self._first
         return self._material.secret(tenant, root).content_hash(bytes.fromhex(content_sha256))
 
     def _known_jwks(self) -> dict[str, Any]:

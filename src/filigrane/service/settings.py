@@ -26,6 +26,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
+from urllib.parse import parse_qsl, urlsplit
 
 from filigrane.custody.hierarchy import check_name
 from filigrane.errors import FiligraneError
@@ -91,7 +92,9 @@ class DatabaseAt:
     url_env: str | None = None
 
     def __post_init__(self) -> None:
-        if re.match(r"[^/]*//[^/@]*:[^/@]+@", self.url):
+        # Libraries of the database also take it as a parameter.
+        named = [name.lower() for name, _ in parse_qsl(urlsplit(self.url).query)]
+        if re.match(r"[^/]*//[^/@]*:[^@]+@", self.url) or any("password" in n for n in named):
             raise FiligraneError(
                 "[database] url holds a password; put it into a file that only the service can "
                 "read, and name that as password_file."
@@ -154,8 +157,11 @@ class Limits:
     """Sizes, times and counts beyond which a request is refused before it costs anything.
 
     body_bytes: of one request; job_bytes, job_items: of one job; batch_items: of one batch;
-    text_tokens: of one text; seconds: until an answer begins; body_seconds: until a body is here;
-    concurrent: requests at a time in one process; page: entries of a list at a time;
+    text_tokens: of one text; seconds: until an answer begins, trace_seconds: of a trace;
+    body_seconds: until a body is here; unfinished: requests at a time of one address that are not
+    sent to their end; buffered_bytes: of all bodies that are in memory at a time, a quarter of it
+    from one address; concurrent: requests at a time, all three of one process; page: entries of a
+    list at a time;
     secret_lifetime_s: how long a tenant's secret stays in memory; token_cache_s: how long an
     answer about a token is believed, and outage_s while the database does not answer; job_chunk,
     job_lease_s: how many items a worker takes at a time, and for how long; job_days: how long
@@ -168,7 +174,10 @@ class Limits:
     batch_items: int = 256
     text_tokens: int = 200_000
     seconds: float = 30.0
+    trace_seconds: float = 120.0
     body_seconds: float = 20.0
+    unfinished: int = 256
+    buffered_bytes: int = 256_000_000
     concurrent: int = 512
     page: int = 100
     secret_lifetime_s: float = 600.0
@@ -183,6 +192,8 @@ class Limits:
             _within(f"limits.{item.name}", getattr(self, item.name), 1e-3, 1e12)
         _within("limits.job_items", self.job_items, 1, 10_000)
         _within("limits.token_cache_s", self.token_cache_s, 0.001, 10)
+        least = max(self.job_bytes, 4 * self.body_bytes)
+        _within("limits.buffered_bytes", self.buffered_bytes, least, 1e12)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Texts to token ids with character offsets, by a tokenizer's name or its fingerprint.
 
 Knows nothing of keys. Tokenizers are loaded when they are first needed and kept; "bytes" is built
-in: its ids are the text's UTF-8 bytes.
+in: its ids are the text's UTF-8 bytes. A text is read in NFC, the form that its hash is of.
 """
 
 import hashlib
@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from filigrane.contexts import TokenIds
-from filigrane.errors import ModelError, TokenError
+from filigrane.errors import ModelError
+from filigrane.service.contents import canonical
 
 __all__ = ["BYTES_SHA256", "Encoded", "Tokenizers"]
 
@@ -126,16 +127,15 @@ class Tokenizers:
         return self._get(self.name_of(which))[1]
 
     def encode(self, text: str, which: str) -> Encoded:
-        """The ids of a text. Raises ModelError if unknown, TokenError for what is no Unicode."""
+        """The ids of a text's NFC form, with offsets into the text as it is given.
+
+        Raises ModelError if unknown, TokenError for what is no Unicode (`contents.content_hash`).
+        """
         name = self.name_of(which)
         tokenizer, sha256 = self._get(name)
-        try:
-            ids, offsets = tokenizer.encode(text)
-        except UnicodeEncodeError:
-            raise TokenError(
-                "this text holds lone surrogates and is no Unicode; send valid UTF-8."
-            ) from None
-        return Encoded(ids=ids, offsets=offsets, name=name, sha256=sha256)
+        form = canonical(text)
+        ids, offsets = tokenizer.encode(form.text)
+        return Encoded(ids=ids, offsets=form.origins[offsets], name=name, sha256=sha256)
 
     def _get(self, name: str) -> tuple[_Bytes | _Fast, str]:
         found = self._loaded.get(name)

@@ -1,15 +1,17 @@
 """Who a text was written for: by two officers' agreement, for a purpose, and logged beforehand.
 
-A trace reads the keys of up to millions of users at once, on threads of its own: requests for it
-queue, a few of them, and more are turned away. The text is part of what was agreed on, by its
-content's name in the log, and so are the keys and the range of users.
+A trace reads the keys of up to millions of users at once, on all processors: requests for it wait
+for their turn, a few of them and not for long, and more are turned away. All that decides who is
+named is part of what was agreed on: the text by its content's name in the log, keys, users, alpha,
+how many candidates are shown, and the tokenizer. An approval is used up when a trace begins, and
+nothing begins that would not end in time.
 """
 
+import contextlib
 import hashlib
 import math
 import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -29,10 +31,14 @@ if TYPE_CHECKING:
     from filigrane.store.log import Log
     from filigrane.store.records import Approval, Principal, VersionRecord
 
-__all__ = ["MAX_USERS", "Busy", "Named", "Traced", "Tracer"]
+__all__ = ["MAX_READINGS", "MAX_TESTS", "MAX_USERS", "Busy", "Named", "Traced", "Tracer"]
 
 MAX_USERS: Final = 10_000_000
 MAX_KEYS: Final = 64
+MAX_TESTS: Final = 20_000_000
+"""Of one trace: users, times the slots of all versions."""
+MAX_READINGS: Final = 4_000_000_000
+"""Of one trace: tests, times tokens; half a minute to a minute of two processors."""
 _SUBJECT: Final = 200
 
 
@@ -73,7 +79,8 @@ class Traced:
 class Tracer:
     """Traces texts for officers. Methods may be called from several threads.
 
-    threads: processors that one trace uses; queue: how many may wait for their turn.
+    threads: processors that one trace uses; queue: how many may wait for their turn, and for at
+    most wait_s seconds.
     """
 
     def __init__(
@@ -85,14 +92,17 @@ class Tracer:
         *,
         threads: int | None = None,
         queue: int = 4,
+        wait_s: float = 20.0,
     ) -> None:
         self._detector = detector
         self._access = access
         self._log = log
         self._receipts = receipts
         self._threads = threads
+        self._wait_s = wait_s
         # One at a time: each uses all processors that it may.
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="trace")
+        self._turn = threading.Lock()
+        self._closed = False
         self._places = threading.BoundedSemaphore(queue + 1)
 
     def __repr__(self) -> str:
@@ -100,17 +110,23 @@ class Tracer:
 
     def close(self) -> None:
         """Wait for the running trace and start no other."""
-        self._pool.shutdown(cancel_futures=True)
+        self._closed = True
+        with self._turn:
+            pass
 
-    def request(self, who: "Principal", query: Query, users: range, purpose: str) -> "Approval":
-        """Ask a second officer to agree to one trace: this text, these keys, these users.
+    def request(
+        self, who: "Principal", query: Query, users: range, purpose: str, *, top: int = 10
+    ) -> "Approval":
+        """Ask a second officer to agree to one trace: this text, these keys, these users, this
+        alpha and number of candidates.
 
         query: its hints say which keys. Raises as `trace` does, and what
         `Access.request_approval` raises.
         """
-        _check_users(users)
+        _check(users, top)
         records = self._records(who.tenant, query)
-        subject = self._subject(who.tenant, query, records, users)
+        _check_size(records, users, [self._ids(query, record) for record in records])
+        subject = self._subject(who.tenant, query, records, users, top)
         return self._access.request_approval(who.tenant, "trace", subject, purpose, who)
 
     def trace(
@@ -120,25 +136,40 @@ class Tracer:
 
         users: indices, step 1, at most 10,000,000; approval: the id of one that a second officer
         gave, and which this uses up, in the log, before anything is computed; top: how many
-        candidates to report. A compromised key names nobody. Raises StateError for an approval
-        that is not one for this, Busy, NotFound, ModelError, TokenError, TooShort.
+        candidates to report. Whether anybody was named is in the log before this returns. A
+        compromised key names nobody. Raises StateError for an approval that is not one for this, or
+        for more than can be computed in time, Busy, NotFound, ModelError, TokenError, TooShort.
         """
-        _check_users(users)
-        if not 1 <= top <= 100:
-            raise FiligraneError("top is 1 to 100.")
+        _check(users, top)
         records = self._records(who.tenant, query)
         keys = [self._key(record) for record in records]
-        subject = self._subject(who.tenant, query, records, users)
-        # The ids before the approval is spent: what cannot be read costs no approval.
+        subject = self._subject(who.tenant, query, records, users, top)
+        # Before the approval is spent: what cannot be read, or not in time, costs none.
         ids = [self._ids(query, record) for record in records]
-        if not self._places.acquire(blocking=False):
-            raise Busy("too many traces wait already; try again in a minute.")
-        try:
+        _check_size(records, users, ids)
+        with self._in_turn():
             agreed = self._access.spend_approval(
                 who.tenant, approval, kind="trace", subject=subject, actor=who.name
             )
-            work = self._pool.submit(self._run, query, users, records, keys, ids, top, agreed)
-            return work.result()
+            found = self._run(query, users, records, keys, ids, top, agreed)
+        outcome = "named" if found.named else "nobody"
+        facts = {"approval": agreed.id, "outcome": outcome}
+        self._log.append(who.tenant, who.name, "trace.done", facts)
+        return found
+
+    @contextlib.contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        if not self._places.acquire(blocking=False):
+            raise Busy("too many traces wait already; try again in a minute.")
+        try:
+            if not self._turn.acquire(timeout=self._wait_s):
+                raise Busy("another trace takes its time; try again in a minute.")
+            try:
+                if self._closed:
+                    raise Busy("the service is about to end; try again in a minute.")
+                yield
+            finally:
+                self._turn.release()
         finally:
             self._places.release()
 
@@ -228,11 +259,20 @@ class Tracer:
         return self._detector.tokenizers.encode(query.text, which).ids
 
     def _subject(
-        self, tenant: str, query: Query, records: "Sequence[VersionRecord]", users: range
+        self,
+        tenant: str,
+        query: Query,
+        records: "Sequence[VersionRecord]",
+        users: range,
+        top: int,
     ) -> str:
         """What two officers agree on, in at most 200 characters."""
         content = self._receipts.content_name(tenant, _content(query))
-        head = f"content {content} users {users.start}-{users.stop - 1} of "
+        head = f"content {content} users {users.start}-{users.stop - 1}"
+        head += f" alpha {query.alpha!r} top {top}"
+        if query.text is not None and query.tokenizer is not None:
+            head += f" tokenizer {self._detector.tokenizers.sha256(query.tokenizer)[:12]}"
+        head += " of "
         names = " ".join(record.id for record in records)
         if len(head) + len(names) > _SUBJECT:
             digest = hashlib.sha256(names.encode("ascii")).hexdigest()
@@ -247,6 +287,27 @@ def _content(query: Query) -> str:
     return content_hash(query.tokens)
 
 
-def _check_users(users: range) -> None:
+def _check(users: range, top: int) -> None:
     if users.step != 1 or not 1 <= len(users) <= MAX_USERS or users.start < 0:
         raise FiligraneError(f"users are a range of 1 to {MAX_USERS} indices from 0 on.")
+    if not 1 <= top <= 100:
+        raise FiligraneError("top is 1 to 100.")
+
+
+def _check_size(records: "Sequence[VersionRecord]", users: range, ids: Sequence[TokenIds]) -> None:
+    """Refuse what would not end in time."""
+    slots = [record.spec.slots for record in records]
+    tests = len(users) * sum(slots)
+    if tests > MAX_TESTS:
+        raise StateError(
+            f"{len(users)} users times {sum(slots)} slots of {len(records)} versions are more than "
+            f"one trace can try; ask for at most {MAX_TESTS // sum(slots)} users at a time, or for "
+            "one version."
+        )
+    readings = len(users) * sum(n * len(one) for n, one in zip(slots, ids, strict=True))
+    if readings > MAX_READINGS:
+        raise StateError(
+            f"{tests} tests of a text this long take too long; ask for at most "
+            f"{max(1, len(users) * MAX_READINGS // readings)} users at a time, or for a part of "
+            "the text."
+        )

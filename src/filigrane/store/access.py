@@ -28,6 +28,7 @@ from filigrane.store.records import (
     Principal,
     Role,
     TokenRecord,
+    parts_of,
 )
 
 __all__ = ["APPROVAL_ROLES", "Access", "Principal", "Role", "spend_approval"]
@@ -35,6 +36,8 @@ __all__ = ["APPROVAL_ROLES", "Access", "Principal", "Role", "spend_approval"]
 _TOKEN: Final = re.compile(r"fgt_([a-z0-9][a-z0-9-]{0,23})_([a-z0-9]{12})_([a-z2-7]{52})")
 _PERSON: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}")
 _COORDINATE: Final = re.compile(r"[A-Za-z0-9_-]{43}")
+_RESERVED: Final = re.compile(r"oidc[.@].*|operator|public|readyz", re.IGNORECASE)
+"""What the log calls people of the identity provider, the operator and the service itself."""
 _LETTERS: Final = "abcdefghijklmnopqrstuvwxyz234567"
 _NOBODY: Final = "0" * 64
 _APPROVAL_LIFETIME: Final = timedelta(hours=24)
@@ -62,11 +65,17 @@ class Access:
     ) -> str:
         """A new token, shown this once. Treat what comes back as a secret.
 
-        name: of the person or machine, 1 to 64 of A-Z a-z 0-9 . _ @ + -; one name is one person in
-        approvals. engine: an enrolled one; exactly with the role engine, which stands alone.
+        name: of the person or machine, 1 to 64 of A-Z a-z 0-9 . _ @ + -, and none that the log uses
+        otherwise; one name is one person in approvals. engine: an enrolled one; exactly with the
+        role engine, which stands alone.
         Raises KeyFormatError, NotFound, StateError.
         """
         _check_person(name)
+        if _RESERVED.fullmatch(name):
+            raise KeyFormatError(
+                "operator, public, readyz and what begins with oidc. or oidc@ are names of others "
+                "in the log; choose another one."
+            )
         granted = frozenset(Role(role) for role in roles)
         if not granted:
             raise KeyFormatError("a token without a role opens nothing; name at least one.")
@@ -257,8 +266,9 @@ class Access:
     ) -> Approval:
         """Ask a second person to agree to something, once.
 
-        kind: "destroy" or "trace"; subject: what to, 1 to 200 characters; purpose: why, 1 to 1000
-        characters, kept in the log for ever. Raises KeyFormatError, StateError if `who` may not.
+        kind: "destroy" or "trace"; subject: what to, 1 to 200 characters, to destroy the id of a
+        version that there is; purpose: why, 1 to 1000 characters, kept in the log for ever. Raises
+        KeyFormatError, NotFound, StateError if `who` may not.
         """
         _require_role(tenant, kind, who)
         for what, value, most in (("a subject", subject, 200), ("a purpose", purpose, 1000)):
@@ -268,6 +278,8 @@ class Access:
         approval_id = secrets.token_hex(8)
         with self._database.tenant(tenant) as connection:
             lock_tenant(connection, tenant)
+            if kind == "destroy":
+                _require_version(connection, tenant, subject)
             connection.execute(
                 insert(tables.approvals).values(
                     tenant=tenant,
@@ -276,6 +288,7 @@ class Access:
                     subject=subject,
                     purpose=purpose,
                     requested_by=who.name,
+                    requested_token=who.token_id or None,
                     requested_at=stamp(at),
                     expires_at=stamp(at + lifetime),
                 )
@@ -303,7 +316,11 @@ class Access:
             if found.expires_at <= at:
                 raise StateError(f"approval {approval_id} expired; ask for it again.")
             here = (table.c.tenant == tenant) & (table.c.id == approval_id)
-            given = {"approved_by": who.name, "approved_at": stamp(at)}
+            given = {
+                "approved_by": who.name,
+                "approved_token": who.token_id or None,
+                "approved_at": stamp(at),
+            }
             connection.execute(update(table).where(here).values(given))
             facts = {"approval": approval_id, "for": found.kind, "subject": found.subject}
             append(connection, tenant, stamp(at), who.name, "approval.give", facts)
@@ -335,7 +352,8 @@ class Access:
         """Use an approval, which can be done once.
 
         connection: of a transaction of this tenant, with which it is used or not. Raises NotFound,
-        StateError if it is for something else, was used, expired, or nobody approved.
+        StateError if it is for something else, was used, expired, nobody approved, or the token of
+        one of the two was revoked since.
         """
         at = self._database.clock()
         if connection is not None:
@@ -369,6 +387,7 @@ def spend_approval(
         raise StateError(f"approval {approval_id} expired; ask for another one.")
     if actor not in (found.requested_by, found.approved_by):
         raise StateError(f"approval {approval_id} is for the two people who agreed on it.")
+    _require_unrevoked(connection, tenant, approval_id)
     table = tables.approvals
     here = (table.c.tenant == tenant) & (table.c.id == approval_id)
     connection.execute(update(table).where(here).values(used_at=stamp(at)))
@@ -389,6 +408,34 @@ def enrolled(connection: Connection, tenant: str) -> tuple[EngineRecord, ...]:
     table = tables.engines
     query = select(table).where(table.c.tenant == tenant).order_by(table.c.name)
     return tuple(_engine_record(row) for row in connection.execute(query))
+
+
+def _require_version(connection: Connection, tenant: str, version_id: str) -> None:
+    parts = parts_of(version_id)
+    table = tables.versions
+    if parts is not None and parts[0] == tenant:
+        here = (table.c.tenant == tenant) & (table.c.name == parts[1])
+        query = select(table.c.number).where(here, table.c.number == parts[2])
+        if connection.scalar(query) is not None:
+            return
+    raise NotFound("there is no such version of a key here; list the keys to see them.")
+
+
+def _require_unrevoked(connection: Connection, tenant: str, approval_id: str) -> None:
+    """Who was let out meanwhile agrees to nothing; people of an identity provider have no token."""
+    given, token = tables.approvals, tables.tokens
+    by = token.c.id.in_([given.c.requested_token, given.c.approved_token])
+    query = (
+        select(token.c.name)
+        .join(given, (given.c.tenant == token.c.tenant) & by)
+        .where(given.c.tenant == tenant, given.c.id == approval_id)
+        .where(token.c.revoked_at.is_not(None))
+    )
+    name = connection.scalars(query).first()
+    if name is not None:
+        raise StateError(
+            f"the token with which {name} agreed to approval {approval_id} was revoked; ask anew."
+        )
 
 
 def _digest(secret: str) -> str:

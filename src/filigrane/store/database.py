@@ -29,6 +29,8 @@ _DIALECTS: Final = {"sqlite": "sqlite+pysqlite", "postgresql": "postgresql+psyco
 _POSTGRES_OPTIONS: Final = "-c lock_timeout=10000 -c statement_timeout=60000 -c timezone=UTC"
 _CONNECT_S: Final = 5
 _BUSY_S: Final = 10
+_ERASE_MS: Final = 500
+"""How long readers are waited for when the write-ahead log is to be emptied."""
 _ROLE: Final = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 
 
@@ -112,15 +114,23 @@ class Database:
         """Close all connections."""
         self.__engine.dispose()
 
-    def erase(self) -> None:
-        """Make what was erased disappear from SQLite's write-ahead log too; best effort.
+    def erase(self) -> bool:
+        """Make what was erased disappear from SQLite's write-ahead log too; whether it did.
 
-        PostgreSQL keeps old rows until VACUUM, and its own logs and backups as long as they are
-        told to.
+        That cannot be done while a transaction from before reads: the service's worker tries again
+        every minute. PostgreSQL keeps old rows until VACUUM, and its own logs and backups as long
+        as they are told to.
         """
-        if self.dialect == "sqlite":
-            with contextlib.suppress(exc.SQLAlchemyError), self.__engine.connect() as connection:
-                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        if self.dialect != "sqlite":
+            return True
+        with contextlib.suppress(exc.SQLAlchemyError), self.__engine.connect() as connection:
+            connection.exec_driver_sql(f"PRAGMA busy_timeout = {_ERASE_MS}")
+            try:
+                row = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()
+            finally:
+                connection.exec_driver_sql(f"PRAGMA busy_timeout = {_BUSY_S * 1000}")
+            return int(row[0]) == 0
+        return False
 
     def __repr__(self) -> str:
         return f"<Database {_shown(self.__engine.url)}>"
@@ -312,8 +322,8 @@ def _grant(connection: Connection, role: str) -> None:
     connection.exec_driver_sql(f'GRANT SELECT ON alembic_version TO "{role}"')
     for name in tables.metadata.tables:
         allowed = "SELECT, INSERT"
-        if name not in tables.APPEND_ONLY:
-            allowed += ", UPDATE"
+        if name in tables.CHANGES:
+            allowed += f", UPDATE ({', '.join(tables.CHANGES[name])})"
         if name in ("jobs", "items"):
             allowed += ", DELETE"
         connection.exec_driver_sql(f'REVOKE ALL ON {name} FROM "{role}"')

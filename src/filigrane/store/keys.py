@@ -29,12 +29,11 @@ from filigrane.store.access import bump, enrolled, maybe, spend_approval
 from filigrane.store.database import Clock, Database, lock_tenant, moment, stamp
 from filigrane.store.log import Log, append
 from filigrane.store.material import Material, commitment_of, new_salt
-from filigrane.store.records import EngineRecord, KeyRecord, VersionRecord
+from filigrane.store.records import EngineRecord, KeyRecord, VersionRecord, parts_of
 
 __all__ = ["KeyBook"]
 
 _REQUEST: Final = re.compile(r"[\x21-\x7e]{1,128}")
-_ID: Final = re.compile(r"([a-z0-9-]{1,24})\.([a-z0-9-]{1,28})@([1-9][0-9]{0,5})")
 _OTHERS: Final = 32
 """How many other versions an engine's proof is held against, the newest first."""
 
@@ -187,7 +186,8 @@ class KeyBook:
         self, tenant: str, name: str, version: int, *, since: datetime, actor: str
     ) -> VersionRecord:
         """Say that a key may be known to others since a moment: it marks no more, and what it finds
-        counts only for texts that provably existed before. Raises StateError, NotFound.
+        counts only for texts that provably existed before. Of a compromised one the moment can be
+        moved back, never forth. Raises StateError, NotFound.
         """
         now = self._clock()
         if since.tzinfo is None or since > now:
@@ -197,6 +197,12 @@ class KeyBook:
             revision = lock_tenant(connection, tenant)
             found = _version(connection, tenant, name, version)
             require_move(found.id, found.state, State.COMPROMISED)
+            known = found.compromised_since
+            if known is not None and since >= known:
+                raise StateError(
+                    f"{found.id} is compromised since {stamp(known)} already; this moment can only "
+                    "be moved back."
+                )
             values = {"state": State.COMPROMISED, "compromised_since": stamp(since)}
             _set(connection, found, values)
             facts = {"key": found.id, "since": stamp(since)}
@@ -210,7 +216,8 @@ class KeyBook:
         """Erase what a version is made from: nobody can mark or read with it ever again.
 
         approval: the id of one to "destroy" this version's id, given by a second custodian; actor:
-        one of the two. Backups and archives made before still hold it. Raises StateError, NotFound.
+        one of the two. Backups and archives made before still hold it, and SQLite's write-ahead log
+        while somebody reads (`Database.erase`). Raises StateError, NotFound.
         """
         now = self._clock()
         with self._database.tenant(tenant) as connection:
@@ -285,11 +292,11 @@ class KeyBook:
 
     def version(self, tenant: str, version_id: str) -> VersionRecord:
         """One version by its id, 'acme.chat@3'. Raises NotFound, also for another tenant's."""
-        parts = _ID.fullmatch(version_id)
-        if parts is None or parts[1] != tenant:
+        parts = parts_of(version_id)
+        if parts is None or parts[0] != tenant:
             raise NotFound("there is no such version of a key here; list the keys to see them.")
         with self._database.reading(tenant) as connection:
-            return _version(connection, tenant, parts[2], int(parts[3]))
+            return _version(connection, tenant, parts[1], parts[2])
 
     def revision(self, tenant: str) -> int:
         """A number that every change of a tenant's keys or engines makes greater; cheap."""
@@ -332,13 +339,17 @@ class KeyBook:
         """
         return self._material.secret(tenant, 1)
 
+    def forget(self) -> None:
+        """Let go of the tenants' secrets in memory."""
+        self._material.forget()
+
     def for_engine(self, tenant: str, engine: str) -> tuple[VersionRecord, ...]:
-        """What an engine should have: versions of its models that are pre-active (to be proved),
-        active (to mark with) or retired (to read with). NotFound for an unknown or revoked engine.
+        """What an engine should have: versions of its models that are pre-active (to be proved) or
+        active (to mark with). NotFound for an unknown or revoked engine.
         """
         with self._database.reading(tenant) as connection:
             its = _require_engine(connection, tenant, engine)
-            useful = (State.PRE_ACTIVE, State.ACTIVE, State.RETIRED)
+            useful = (State.PRE_ACTIVE, State.ACTIVE)
             return tuple(
                 version
                 for version in _versions(connection, tenant)

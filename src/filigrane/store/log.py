@@ -64,6 +64,7 @@ class Log:
         self._signers = Signers(kms, audit.SIGN_LOG)
         self._trees: collections.OrderedDict[str, tuple[Tree, bytes]] = collections.OrderedDict()
         self._turn = threading.Lock()
+        self._damaged: dict[str, str] = {}
 
     def append(
         self,
@@ -100,9 +101,10 @@ class Log:
     def checkpoint(self, tenant: str) -> Checkpoint:
         """Sign the log as it is now, and keep that; the latest one if nothing was added since.
 
-        Raises NotFound, StoreError, KmsUnavailable, or AuditError if the rows no longer make the
-        chain that they made before.
+        Raises NotFound, StoreError, KmsUnavailable, or AuditError as `verify` does: nothing is
+        signed that contradicts what was signed before.
         """
+        self.verify(tenant)
         signer = self._signers.current()
         with self._database.tenant(tenant) as connection:
             lock_tenant(connection, tenant)
@@ -120,6 +122,24 @@ class Log:
                 )
             connection.execute(insert(tables.checkpoints).values(**point.to_json()))
             return point
+
+    def verify(self, tenant: str) -> None:
+        """Hold the rows to the chain that they make and to every checkpoint that is stored.
+
+        Reads what is new since the last time in this process; the first time, the whole log.
+        Somebody who can rewrite records, hashes and checkpoints, all of them, is found out by a
+        checkpoint that is kept elsewhere alone. Raises NotFound, StoreError, KmsUnavailable,
+        AuditError.
+        """
+        # Reading first: a long log must not keep others from writing.
+        with self._reading_tree(tenant):
+            pass
+
+    def check(self) -> None:
+        """Raise AuditError if a log that this process has read was found altered."""
+        # Without the lock, which is held while a long log is read.
+        for said in list(self._damaged.values()):
+            raise AuditError(said)
 
     def latest(self, tenant: str) -> Checkpoint | None:
         """The checkpoint that covers most, or None. NotFound without the tenant."""
@@ -186,27 +206,66 @@ class Log:
     def _tree(self, connection: Connection, tenant: str) -> Iterator[tuple[Tree, bytes]]:
         """The tree over all records, and the last one's hash; nobody else uses it meanwhile.
 
-        Rows that are new to it have to continue the chain: what was altered in the database by
-        hand is never signed. Raises AuditError.
+        Rows that are new to it have to continue the chain, which has no key: whoever writes the
+        database can make a new one. So they also have to lead to the checkpoints that were signed
+        over them. Raises AuditError.
         """
         with self._turn:
             tree, head = self._trees.pop(tenant, (Tree(), audit.genesis(tenant)))
             if len(tree) and _hash(connection, tenant, len(tree) - 1) != head:
                 # Another database than before, or one that was restored.
                 tree, head = Tree(), audit.genesis(tenant)
-            for row in rows(connection, tenant, len(tree), None):
-                record = _record(row)
-                head = audit.link(head, record)
-                if record.index != len(tree) or head != bytes(row.hash):
-                    raise AuditError(
-                        f"record {len(tree)} of {tenant}'s log was altered or removed in the "
-                        "database; restore it from a backup, and find out who did it."
-                    )
-                tree.append(head)
+            try:
+                head = self._extend(connection, tenant, tree, head)
+            except AuditError as error:
+                self._damaged[tenant] = str(error)
+                raise
+            self._damaged.pop(tenant, None)
             self._trees[tenant] = (tree, head)
             while len(self._trees) > _TREES:
                 self._trees.popitem(last=False)
             yield tree, head
+
+    def _extend(self, connection: Connection, tenant: str, tree: Tree, head: bytes) -> bytes:
+        """Bring a tree up to the last row, and hold it to checkpoints; the head."""
+        points = collections.deque(_points(connection, tenant, len(tree)))
+        jwks = self.jwks() if points else {}
+        self._hold(points, jwks, tree, head)
+        for row in rows(connection, tenant, len(tree), None):
+            record = _record(row)
+            head = audit.link(head, record)
+            if record.index != len(tree) or head != bytes(row.hash):
+                raise AuditError(
+                    f"record {len(tree)} of {tenant}'s log was altered or removed in the "
+                    "database; restore it from a backup, and find out who did it."
+                )
+            tree.append(head)
+            self._hold(points, jwks, tree, head)
+        if points:
+            raise AuditError(
+                f"the log of {tenant} has {len(tree)} records, and {points[0].size} were signed: "
+                "the end was cut off. Restore it from a backup, and find out who did it."
+            )
+        return head
+
+    def _hold(
+        self,
+        points: collections.deque[Checkpoint],
+        jwks: Mapping[str, Any],
+        tree: Tree,
+        head: bytes,
+    ) -> None:
+        """Take the checkpoint over as many records as there are in the tree, if it is next."""
+        if not points or points[0].size != len(tree):
+            return
+        point = points.popleft()
+        audit.verify_checkpoint(point, jwks)
+        if (point.head, point.root) != (head.hex(), tree.root().hex()):
+            raise AuditError(
+                f"the first {point.size} records of {point.tenant}'s log are not those that were "
+                f"signed on {point.at}: they were written anew. Restore the log from a backup, and "
+                "find out who did it."
+            )
 
 
 def append(
@@ -255,9 +314,7 @@ def rows(connection: Connection, tenant: str, start: int, stop: int | None) -> I
 
 def export(connection: Connection, tenant: str, out: BinaryIO) -> int:
     """Write records and checkpoints as JSON lines; how many records."""
-    table = tables.checkpoints
-    query = select(table).where(table.c.tenant == tenant).order_by(table.c.size)
-    points = collections.deque(_point(row) for row in connection.execute(query))
+    points = collections.deque(_points(connection, tenant, 0))
     count = 0
     while points and points[0].size == 0:
         write_line(out, {"checkpoint": points.popleft().to_json()})
@@ -306,6 +363,13 @@ def _record(row: Row[Any]) -> Record:
 
 def _point(row: Row[Any]) -> Checkpoint:
     return Checkpoint(**row._mapping)
+
+
+def _points(connection: Connection, tenant: str, size: int) -> list[Checkpoint]:
+    """Checkpoints over so many records or more, ascending."""
+    table = tables.checkpoints
+    query = select(table).where(table.c.tenant == tenant, table.c.size >= size)
+    return [_point(row) for row in connection.execute(query.order_by(table.c.size))]
 
 
 def _checkpoint(connection: Connection, tenant: str, size: int | None) -> Checkpoint | None:

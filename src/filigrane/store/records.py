@@ -4,6 +4,7 @@ Times are datetimes in UTC with milliseconds. All of it is safe to print.
 """
 
 import enum
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,7 +25,10 @@ __all__ = [
     "Role",
     "TokenRecord",
     "VersionRecord",
+    "parts_of",
 ]
+
+_ID: Final = re.compile(r"([a-z0-9-]{1,24})\.([a-z0-9-]{1,28})@([1-9][0-9]{0,5})")
 
 
 class Role(enum.StrEnum):
@@ -50,6 +54,12 @@ class Role(enum.StrEnum):
 
 APPROVAL_ROLES: Final = {"destroy": Role.CUSTODIAN, "trace": Role.ATTRIBUTION_OFFICER}
 """Kind of approval -> the role that both who ask for it and who give it must have."""
+
+
+def parts_of(version_id: str) -> tuple[str, str, int] | None:
+    """Tenant, name and number of the id of a version, 'acme.chat@3'; None for another text."""
+    parts = _ID.fullmatch(version_id)
+    return None if parts is None else (parts[1], parts[2], int(parts[3]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

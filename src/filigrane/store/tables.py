@@ -167,9 +167,12 @@ approvals: Final = Table(
     Column("subject", String(200), nullable=False),
     Column("purpose", Text, nullable=False),
     Column("requested_by", String(64), nullable=False),
+    # By which tokens they agreed, so that what is revoked takes its word back.
+    Column("requested_token", String(12)),
     _time("requested_at"),
     _time("expires_at"),
     Column("approved_by", String(64)),
+    Column("approved_token", String(12)),
     _time("approved_at", nullable=True),
     _time("used_at", nullable=True),
     _of_tenant(),
@@ -242,3 +245,23 @@ items: Final = Table(
 
 APPEND_ONLY: Final = ("log", "checkpoints")
 """Tables whose rows are never changed or removed."""
+
+CHANGES: Final = {
+    "tenants": ("revision", "open_jobs"),
+    "versions": (
+        "state",
+        "promoted_at",
+        "retired_at",
+        "compromised_since",
+        "destroyed_at",
+        "salt",
+        "wrapped_key",
+        "sealed",
+    ),
+    "engines": ("last_seen_at", "revoked_at"),
+    "tokens": ("revoked_at",),
+    "approvals": ("approved_by", "approved_token", "approved_at", "used_at"),
+    "jobs": ("state", "n_done", "n_failed", "finished_at", "items_key", "results_key"),
+    "items": ("content", "result", "attempts", "lease", "lease_until"),
+}
+"""Table -> what changes in its rows; everything else stays as it was inserted."""

@@ -9,6 +9,7 @@ service cannot be asked, nothing is changed: engines mark on until what they hav
 
 import json
 import os
+import re
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,11 +34,21 @@ try:
 except ImportError as error:
     raise MissingDependency("leases need more packages: pip install 'filigrane[lease]'") from error
 
-__all__ = ["Renewed", "Service", "read_token", "renew"]
+__all__ = ["Renewed", "Service", "TurnedAway", "read_token", "renew"]
 
 LOCAL: Final = ("localhost", "127.0.0.1", "::1")
+_LEASE: Final = "/v1/engine/lease"
 _TIMEOUT_S: Final = 20.0
 _MOST_BYTES: Final = 8 * 2**20
+_TENANT: Final = re.compile(r"fgt_([a-z0-9][a-z0-9-]{0,23})_.*")
+_GONE: Final = {401: "token", 404: "not_found"}
+"""What a service answers whose engine or token is revoked: status and code of the problem. A proxy
+that answers for it has other words, and takes no key away.
+"""
+
+
+class TurnedAway(EndpointError):
+    """The service knows this engine or its token no more."""
 
 
 @final
@@ -59,6 +70,9 @@ class Service:
         """
         self._base = _address(url)
         self._identity = identity
+        named = _TENANT.fullmatch(token.reveal())
+        self.tenant = None if named is None else named[1]
+        """Whose token it is; None if it does not say so."""
         self._client = httpx2.Client(
             headers={
                 "User-Agent": "filigrane",
@@ -91,10 +105,11 @@ class Service:
         """A fresh lease, opened, and when it expires by this machine's clock.
 
         The time runs from before the request, for as long as the service says: clocks that differ
-        make it neither longer nor shorter. Raises EndpointError.
+        make it neither longer nor shorter. Raises EndpointError, TurnedAway if there is not going
+        to be one.
         """
         nonce, asked = new_nonce(), now()
-        answer = self._post("/v1/engine/lease", {"nonce": nonce})
+        answer = self._post(_LEASE, {"nonce": nonce})
         sealed = answer.get("lease")
         if not isinstance(sealed, str):
             raise EndpointError(f"{self._base} answered with something else than a lease.")
@@ -139,9 +154,13 @@ class Service:
             parsed = json.loads(bytes(content))
         except (ValueError, RecursionError):
             parsed = None
-        if status != 200 or not isinstance(parsed, dict):
-            raise EndpointError(f"{self._base}{path} answered {status}: {_words(parsed)}")
-        return parsed
+        if status == 200 and isinstance(parsed, dict):
+            return parsed
+        said = f"{self._base}{path} answered {status}: {_words(parsed)}"
+        code = parsed.get("code") if isinstance(parsed, dict) else None
+        if path == _LEASE and status in _GONE and code == _GONE[status]:
+            raise TurnedAway(said)
+        raise EndpointError(said)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

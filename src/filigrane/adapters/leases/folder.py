@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, Self, final
 
@@ -29,6 +29,9 @@ __all__ = ["BASE", "LEASES", "LeaseFolder", "Leased"]
 BASE: Final = "base.toml"
 LEASES: Final = "leases.json"
 _LOCK: Final = ".lease.lock"
+_KEPT: Final = timedelta(days=1)
+"""How long keys outlive their lease, so that requests are refused with the reason that it is over.
+"""
 _WRITTEN_BY: Final = (
     "# Written by `filigrane engine lease`, and again: what is yours goes into base.toml."
 )
@@ -121,6 +124,24 @@ class LeaseFolder:
             self._write_key(id, key)
         self._publish({**self._leased, lease.tenant: mine})
         return tuple(key.id for key in lease.keys if key.kind == "profile")
+
+    def drop(self, tenant: str) -> tuple[str, ...]:
+        """Take out a tenant's lease with its keys; their ids. Raises KeyringError."""
+        gone = self._leased.get(tenant)
+        if gone is None:
+            return ()
+        self._publish({name: lease for name, lease in self._leased.items() if name != tenant})
+        return tuple(version.id for version in gone.versions)
+
+    def sweep(self, at: datetime) -> tuple[str, ...]:
+        """Take out keys whose lease has been over for a day; their ids. Raises KeyringError.
+
+        Not where expired = "unmarked": without its key a request would be refused.
+        """
+        if self._base().get("expired") == "unmarked":
+            return ()
+        over = [name for name, lease in self._leased.items() if at - lease.expires >= _KEPT]
+        return tuple(id for tenant in over for id in self.drop(tenant))
 
     def compose(self) -> None:
         """Write keyring.toml anew, after base.toml has changed or somebody has changed the other.

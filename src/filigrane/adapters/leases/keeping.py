@@ -4,18 +4,20 @@
     Ledger   reports what the engine has counted since the last report that arrived
 
 A round never raises because a service is down: the folder stays as it is, and the next one tries
-again. Knows nothing of terminals and signals.
+again. When the service knows the engine or its token no more, the tenant's keys are removed; and so
+are those whose lease has been over for a day. Knows nothing of terminals and signals.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import final
 
 import numpy as np
 
 from filigrane.adapters.leases import metrics
-from filigrane.adapters.leases.client import Renewed, Service, renew
+from filigrane.adapters.leases.client import Renewed, Service, TurnedAway, renew
 from filigrane.adapters.leases.folder import LeaseFolder
 from filigrane.adapters.leases.metrics import Counts
 from filigrane.errors import FiligraneError
@@ -63,15 +65,27 @@ class Keeper:
                 )
             except FiligraneError as error:
                 problems.append(str(error))
+                if isinstance(error, TurnedAway) and service.tenant is not None:
+                    problems += self._remove(partial(self._folder.drop, service.tenant))
             else:
                 renewed.append(done)
                 problems += done.problems
+        problems += self._remove(partial(self._folder.sweep, now()))
         try:
             # What the operator has changed, and what somebody has put back, counts from here on.
             self._folder.compose()
         except FiligraneError as error:
             problems.append(str(error))
         return Round(renewed=tuple(renewed), problems=tuple(dict.fromkeys(problems)))
+
+    @staticmethod
+    def _remove(some: Callable[[], tuple[str, ...]]) -> list[str]:
+        """Remove keys; what to say of it."""
+        try:
+            gone = some()
+        except FiligraneError as error:
+            return [str(error)]
+        return [f"removed from this host: {', '.join(gone)}."] if gone else []
 
 
 @final

@@ -1,12 +1,13 @@
 """Tokens, engines and approvals of a tenant, and who one is."""
 
 from datetime import datetime, timedelta
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from fastapi import APIRouter, Depends, Path, Request
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from filigrane.service.auth import check_roles, office_of, require
+from filigrane.service.problems import Problem
 from filigrane.service.routes.paging import After, Limit, page
 from filigrane.store.records import (
     APPROVAL_ROLES,
@@ -18,6 +19,9 @@ from filigrane.store.records import (
 )
 
 router = APIRouter(prefix="/v1", tags=["access"])
+
+_OPERATORS: Final = frozenset({Role.CUSTODIAN, Role.ATTRIBUTION_OFFICER, Role.TENANT_ADMIN})
+"""Roles that only the operator gives: one admin could otherwise be both of two people."""
 
 Anybody = Annotated[Principal, Depends(require())]
 Admin = Annotated[Principal, Depends(require(Role.TENANT_ADMIN))]
@@ -163,7 +167,19 @@ def tokens(who: Admin, request: Request, after: After = None, limit: Limit = Non
 
 @router.post("/tokens", status_code=201)
 def issue(body: NewToken, who: Admin, request: Request) -> IssuedToken:
-    """Issue a token. It is shown in this answer only, so a repeated request makes another one."""
+    """Issue a token. It is shown in this answer only, so a repeated request makes another one.
+
+    Not for custodians, attribution officers and tenant admins: the operator issues those, on the
+    service's host, and answers for their being different people.
+    """
+    held = sorted(_OPERATORS.intersection(body.roles))
+    if held:
+        raise Problem(
+            403,
+            "operator_only",
+            f"Tokens with the role {' or '.join(held)} are issued by the operator, on the "
+            "service's host: filigrane access token TENANT NAME --role ROLE.",
+        )
     token = office_of(request).access.issue_token(
         who.tenant,
         body.name,

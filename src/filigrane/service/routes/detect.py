@@ -190,7 +190,9 @@ def _public(
     office: Office, tenant: str, text: str, name: str | None, address: str | None, wanted: bool
 ) -> tuple[PublicAnswer, str | None]:
     try:
-        answer: PublicAnswer = office.public.answer(tenant, text, identity=name, address=address)
+        answer: PublicAnswer = office.public.answer(
+            tenant, text, identity=name, address=address, receipt=wanted
+        )
     except BudgetSpent as error:
         raise spent(error) from None
     receipt = None

@@ -1,12 +1,17 @@
-"""Checking receipts; the same is done offline by `filigrane receipt verify`."""
+"""Checking receipts. Offline `filigrane receipt verify` does the same, but for one thing: only the
+service knows which keys were compromised since.
+"""
 
+import contextlib
 from typing import Annotated, Self
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from filigrane.errors import NotFound
 from filigrane.service.answers import ReceiptAnswer, Token, TokenId, receipt_answer
 from filigrane.service.auth import office_of, optional, unauthorized
+from filigrane.service.receipts import Receipt
 from filigrane.store.records import Principal
 
 router = APIRouter(prefix="/v1/receipts", tags=["receipts"])
@@ -32,9 +37,16 @@ class VerifyBody(BaseModel):
 
 @router.post("/verify")
 def verify(body: VerifyBody, who: Anyone, request: Request) -> ReceiptAnswer:
-    """Whether a receipt is one of this service, unaltered, and what it says."""
+    """Whether a receipt is one of this service, unaltered, what it says, and what became of its key
+    since: what a compromised one found counts only on receipts from before.
+    """
     office = office_of(request)
     if who is None and office.settings.public is None:
         raise unauthorized("send Authorization: Bearer TOKEN.", code="no_token")
     content = body.text if body.text is not None else body.tokens
-    return receipt_answer(office.receipts.verify(body.receipt, content))
+    receipt: Receipt = office.receipts.verify(body.receipt, content)
+    record = None
+    if receipt.key_id is not None:
+        with contextlib.suppress(NotFound):
+            record = office.keybook.version(receipt.tenant, receipt.key_id)
+    return receipt_answer(receipt, record)

@@ -2,7 +2,7 @@
 
 1. POST /v1/trace/requests by the first officer: text, keys, users and purpose
 2. POST /v1/approvals/{id}/approve by the second
-3. POST /v1/trace by either of them, with the same text, keys and users, once
+3. POST /v1/trace by either of them, with the same text, keys, users, alpha and top, once
 """
 
 from datetime import datetime
@@ -37,20 +37,24 @@ class UsersBody(BaseModel):
         return range(self.first, self.first + self.count)
 
 
-class TraceRequestBody(Hinted):
-    """What is to be traced, and why. purpose: kept in the log for ever; name no person in it."""
+class TracedBody(Hinted):
+    """What is traced. alpha: who is named has at most this p-value; top: candidates to show."""
 
     users: UsersBody
+    alpha: float = Field(1e-6, gt=0, le=MAX_ALPHA)
+    top: int = Field(10, ge=1, le=100)
+
+
+class TraceRequestBody(TracedBody):
+    """What is to be traced, and why. purpose: kept in the log for ever; name no person in it."""
+
     purpose: str = Field(min_length=1, max_length=1000)
 
 
-class TraceBody(Hinted):
+class TraceBody(TracedBody):
     """What is traced. approval: the id of the approval; the rest as it was asked for."""
 
-    users: UsersBody
     approval: str = Field(pattern=r"^[0-9a-f]{1,32}$")
-    alpha: float = Field(1e-6, gt=0, le=MAX_ALPHA)
-    top: int = Field(10, ge=1, le=100)
 
 
 class TraceRequested(BaseModel):
@@ -67,7 +71,7 @@ class TraceRequested(BaseModel):
 def ask(body: TraceRequestBody, who: Officer, request: Request) -> TraceRequested:
     """Ask another officer to agree to one trace."""
     found = office_of(request).tracer.request(
-        who, query_of(body, 1e-6), body.users.indices(), body.purpose
+        who, query_of(body, body.alpha), body.users.indices(), body.purpose, top=body.top
     )
     return TraceRequested(
         id=found.id,

@@ -148,7 +148,7 @@ async def public_receipt(request: Request) -> Response:
         form = await read_form(request)
 
         def issue() -> str:
-            answer = _public_answer(office, _text(form), _address(request))
+            answer = _public_answer(office, _text(form), _address(request), receipt=True)
             settings = office.settings.public
             assert settings is not None
             receipt: str = office.receipts.issue(
@@ -620,13 +620,15 @@ async def _keys_page(
 # Parts of the work
 
 
-def _public_answer(office: Office, text: str, address: str | None) -> PublicAnswer:
+def _public_answer(
+    office: Office, text: str, address: str | None, *, receipt: bool = False
+) -> PublicAnswer:
     settings = office.settings.public
     if settings is None:
         raise Problem(404, "no_public_tier", "This service answers nobody without a token.")
     try:
         found: PublicAnswer = office.public.answer(
-            settings.tenant, text, identity=None, address=address
+            settings.tenant, text, identity=None, address=address, receipt=receipt
         )
         return found
     except BudgetSpent as error:

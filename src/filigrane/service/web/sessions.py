@@ -7,6 +7,8 @@ every other: whoever is revoked is out, logged in or not. Logging out takes the 
 
 import hmac
 import json
+import math
+import re
 import secrets
 import threading
 import time
@@ -18,6 +20,7 @@ from typing import Final
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from filigrane.errors import KmsUnavailable
 from filigrane.keys import _Secret
 from filigrane.kms.base import KeyManagement
 
@@ -26,6 +29,9 @@ __all__ = ["Session", "Sessions"]
 _MESSAGE: Final = b"filigrane/v1/web/session"
 _NONCE_BYTES: Final = 12
 _LONGEST: Final = 16_384
+_VERSION: Final = re.compile(r"[1-9][0-9]{0,5}", re.ASCII)
+_VERSIONS_S: Final = 5.0
+"""Forged cookies ask for the root's versions no more often than this."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +56,8 @@ class Sessions:
         self._lifetime_s = lifetime_s
         self._clock = clock
         self._keys: dict[int, _Secret[bytes]] = {}
+        self._versions: frozenset[int] | None = None
+        self._asked_at = -math.inf
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -75,16 +83,14 @@ class Sessions:
         Raises KmsUnavailable or KmsError if the key that would open it is not in memory.
         """
         number, _, packed = cookie.partition(".")
-        if len(cookie) > _LONGEST or not number.isascii() or not number.isdigit():
+        if len(cookie) > _LONGEST or _VERSION.fullmatch(number) is None:
             return None
         try:
             data = urlsafe_b64decode(packed + "=" * (-len(packed) % 4))
         except ValueError:
             return None
         version = int(number)
-        if len(data) <= _NONCE_BYTES or (
-            version not in self._keys and version not in self._kms.versions()
-        ):
+        if len(data) <= _NONCE_BYTES or not self._exists(version):
             return None
         try:
             opened = AESGCM(self._key(version).reveal()).decrypt(
@@ -96,6 +102,17 @@ class Sessions:
         if self._clock() >= body["ends"]:
             return None
         return Session(token=_Secret(body["token"]), csrf=body["csrf"], ends_at=body["ends"])
+
+    def _exists(self, version: int) -> bool:
+        with self._lock:
+            if version in self._keys:
+                return True
+            if time.monotonic() - self._asked_at > _VERSIONS_S:
+                self._asked_at, self._versions = time.monotonic(), None
+                self._versions = frozenset(self._kms.versions())
+            if self._versions is None:
+                raise KmsUnavailable("the key management system did not answer; try again soon.")
+            return version in self._versions
 
     def _key(self, version: int) -> _Secret[bytes]:
         with self._lock:

@@ -28,6 +28,12 @@ VERDICTS: Final = {
         "The mark says what the text passed through, not who is its author. Parts of it may have "
         "been written or edited by people.",
     ),
+    "uncounted": VerdictWords(
+        "A mark was found that does not count",
+        "It agrees with a key that others may have had, or that never came into use.",
+        "Whoever had the key could have put the mark there, or made the key to fit the text. A "
+        "receipt for this very text from before the key was compromised would make it count.",
+    ),
     "inconclusive": VerdictWords(
         "No mark was found",
         "Nothing in this text stands out from chance under the keys that were tried.",

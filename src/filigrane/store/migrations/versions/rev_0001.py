@@ -22,6 +22,10 @@ _TABLES: Final = (
     "items",
 )
 _APPEND_ONLY: Final = (("log", "position"), ("checkpoints", "size"))
+_GAP: Final = (
+    "NEW.position <> 0 AND NOT EXISTS "
+    "(SELECT 1 FROM log WHERE tenant = NEW.tenant AND position = NEW.position - 1)"
+)
 
 
 def upgrade() -> None:
@@ -42,9 +46,11 @@ def upgrade() -> None:
         sa.Column("subject", sa.String(length=200), nullable=False),
         sa.Column("purpose", sa.Text(), nullable=False),
         sa.Column("requested_by", sa.String(length=64), nullable=False),
+        sa.Column("requested_token", sa.String(length=12), nullable=True),
         sa.Column("requested_at", sa.String(length=24), nullable=False),
         sa.Column("expires_at", sa.String(length=24), nullable=False),
         sa.Column("approved_by", sa.String(length=64), nullable=True),
+        sa.Column("approved_token", sa.String(length=12), nullable=True),
         sa.Column("approved_at", sa.String(length=24), nullable=True),
         sa.Column("used_at", sa.String(length=24), nullable=True),
         sa.CheckConstraint("approved_by <> requested_by", name=op.f("ck_approvals_two_people")),
@@ -256,6 +262,16 @@ def _walls() -> None:
             f"CREATE TRIGGER {name}_stays BEFORE TRUNCATE ON {name} "
             "FOR EACH STATEMENT EXECUTE FUNCTION filigrane_append_only()"
         )
+    # Afterwards: row-level security is asked first, and one statement may add several records.
+    op.execute(
+        "CREATE FUNCTION filigrane_no_gaps() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        f"IF {_GAP} THEN RAISE EXCEPTION 'the audit log is append-only, without gaps'; END IF; "
+        "RETURN NULL; END $$"
+    )
+    op.execute(
+        "CREATE TRIGGER log_no_gaps AFTER INSERT ON log "
+        "FOR EACH ROW EXECUTE FUNCTION filigrane_no_gaps()"
+    )
 
 
 def _triggers() -> None:
@@ -269,3 +285,7 @@ def _triggers() -> None:
             f"CREATE TRIGGER {name}_no_replace BEFORE INSERT ON {name} "
             f"WHEN EXISTS ({there}) {refuse}"
         )
+    op.execute(
+        f"CREATE TRIGGER log_no_gaps BEFORE INSERT ON log WHEN {_GAP} "
+        "BEGIN SELECT RAISE(ABORT, 'the audit log is append-only, without gaps'); END"
+    )
