@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 from joserfc import jwk, jwt
 
-from filigrane.cli.app import COMMANDS
 from filigrane.embedding import embed
 from filigrane.keys import Key
 from filigrane.kms.opening import create_kms, open_kms
@@ -34,10 +33,6 @@ from servers import free_port
 TENANT = "demo"
 OTHER = "other"
 COMMAND = [sys.executable, "-m", "filigrane", "serve", "--config"]
-if "serve" not in COMMANDS:
-    COMMAND = [sys.executable, "-c", "import typer; from filigrane.cli.serve import serve; "]
-    COMMAND[-1] += "typer.run(serve)"
-    COMMAND.append("--config")
 PATIENCE = 120.0
 
 

@@ -7,6 +7,7 @@ root key under a passphrase, an empty database, one tenant, and a token for each
 import json
 import os
 import secrets
+import tempfile
 from pathlib import Path
 from typing import Final
 
@@ -49,25 +50,43 @@ def write(folder: Path, tenant: str) -> Path:
 
     Raises FiligraneError if the folder holds a service already, or cannot be written.
     """
-    from filigrane.kms.opening import create_kms
-    from filigrane.store.access import Access
-    from filigrane.store.database import Database, migrate
-    from filigrane.store.keys import KeyBook
-    from filigrane.store.records import Role
-
     check_name("tenant", tenant)
     path = folder / FILE
     if path.exists():
         raise FiligraneError(f"{path} exists already; serve it with --config {path}.")
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _write(folder / "root.passphrase", _Secret(secrets.token_urlsafe(32) + "\n"))
-        _write(path, _Secret(_TEXT.format(tenant=tenant)))
+        # Beside each other first: what a full disk cuts short must not look like a service.
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as new:
+            _fill(Path(new), tenant)
+            made = sorted(Path(new).iterdir(), key=lambda file: file.name == FILE)
+            for file in made:
+                if (folder / file.name).exists():
+                    raise FiligraneError(
+                        f"{folder / file.name} exists; choose an empty folder, it is not touched."
+                    )
+            for file in made:
+                file.rename(folder / file.name)
     except OSError as error:
+        if isinstance(error, FiligraneError):
+            raise
         raise FiligraneError(
-            f"{error.filename}: {error.strerror}; choose an empty folder that you may write."
+            f"{error.filename or folder}: {error.strerror}; choose an empty folder that you may "
+            "write, with room on its disk."
         ) from None
-    settings = Settings.load(path)
+    return path
+
+
+def _fill(folder: Path, tenant: str) -> None:
+    from filigrane.kms.opening import create_kms
+    from filigrane.store.access import Access
+    from filigrane.store.database import Database, migrate
+    from filigrane.store.keys import KeyBook
+    from filigrane.store.records import Role
+
+    _write(folder / "root.passphrase", _Secret(secrets.token_urlsafe(32) + "\n"))
+    _write(folder / FILE, _Secret(_TEXT.format(tenant=tenant)))
+    settings = Settings.load(folder / FILE)
     kms = create_kms(settings.kms)
     try:
         url = settings.database.open_url().reveal()
@@ -89,7 +108,6 @@ def write(folder: Path, tenant: str) -> Path:
     finally:
         kms.close()
     _write(folder / TOKENS, _Secret(json.dumps(tokens, indent=2) + "\n"))
-    return path
 
 
 def _write(path: Path, text: _Secret[str]) -> None:

@@ -5,6 +5,7 @@ FILIGRANE_CONFIG: no secret is handed from process to process, in an argument or
 serves; uvicorn does where granian is not installed.
 """
 
+import errno
 import http.client
 import importlib.util
 import logging
@@ -12,6 +13,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+import socket
 import ssl
 import tempfile
 import threading
@@ -40,6 +42,7 @@ def worker() -> Any:
 
     Raises NotReady where the known answers do not come out: such a machine must not say "no mark".
     """
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         return _application()
     except Exception as error:
@@ -47,6 +50,14 @@ def worker() -> Any:
         told = str(error) if isinstance(error, FiligraneError) else type(error).__name__
         _log.critical("a worker cannot start: %s", told)
         raise
+
+
+def _end_with_parent() -> None:
+    """A worker without its supervisor would serve old settings for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _application() -> Any:
@@ -71,7 +82,10 @@ def run(path: Path, *, ready: Callable[[str], None]) -> None:
     before, so that what is wrong is said in one line: raises FiligraneError, KmsError, StoreError.
     """
     settings = Settings.load(path)
-    open_office(settings).close()
+    _require_free(settings.listen)
+    with open_office(settings) as office:
+        # One that cannot be loaded would read as "no such tokenizer" to everybody.
+        office.tokenizers.load()
     # A core dump would hold every secret.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.environ[ENVIRONMENT] = str(path.absolute())
@@ -89,6 +103,26 @@ def run(path: Path, *, ready: Callable[[str], None]) -> None:
     finally:
         if metrics is not None:
             shutil.rmtree(metrics, ignore_errors=True)
+
+
+def _require_free(listen: Listen) -> None:
+    """Raise FiligraneError if something listens there; workers would share the port with it."""
+    family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((listen.host, listen.port))
+            probe.listen(1)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise FiligraneError(
+                    f"port {listen.port} of {listen.host} is taken, perhaps by this service "
+                    "itself; stop what listens there, or change [listen] port."
+                ) from None
+            raise FiligraneError(
+                f"{listen.host}:{listen.port} cannot be listened on ({error.strerror}); change "
+                "[listen] host or port."
+            ) from None
 
 
 def _granian(listen: Listen) -> None:

@@ -145,6 +145,9 @@ class Tokenizers:
             if name not in self._loaded:
                 from filigrane.adapters.models import load_tokenizer
 
-                loaded = load_tokenizer(self._sources[name])
+                try:
+                    loaded = load_tokenizer(self._sources[name])
+                except ModelError as error:
+                    raise ModelError(f"[tokenizers] {name}: {error}") from None
                 self._loaded[name] = (_Fast(loaded.tokenizer), loaded.tokenizer_sha256)
             return self._loaded[name]
