@@ -1,5 +1,6 @@
 """One answer over all keys of a tenant: right, paid for, and never "no mark" for want of a key."""
 
+import json
 import math
 import os
 import threading
@@ -28,10 +29,13 @@ from filigrane.foreign import from_tag as profile_from_tag
 from filigrane.keys import Key
 from filigrane.schemes import from_tag
 from filigrane.service.detecting import CAUTIONS, Detector, Query, holm_sidak
-from filigrane.service.tokenizing import BYTES_SHA256, Tokenizers
+from filigrane.service.public import PublicTier
+from filigrane.service.tokenizing import BYTES_SHA256, NoTokenizer, Tokenizers
 from filigrane.store.keys import KeyBook
 from filigrane.store.records import VersionRecord
 from filigrane.toy import ZipfModel
+from servicekit import TENANT as SERVED
+from servicekit import prepare, running
 
 NULL_TEXTS = int(os.environ.get("FILIGRANE_NULL_TEXTS", "1500"))
 
@@ -253,12 +257,85 @@ def test_tokenizers_of_texts(book: Book, tmp_path: Path) -> None:
         assert "tokenizer_missing" in finding.cautions
         named = own.detector.detect(TENANT, Query(text=text, tokenizer=BYTES_SHA256))
         assert named.n_keys == 2 and "tokenizer_missing" not in named.cautions
-        with pytest.raises(ModelError, match="Send token ids"):
+        with pytest.raises(ModelError, match=r"it has bytes\. Have it added"):
             own.detector.detect(TENANT, Query(text=text, tokenizer="nobodys"))
-        with pytest.raises(ModelError, match="send ids"):
-            own.detector.detect(TENANT, Query(text=text, key="far"))
+        for name, says in (
+            ("far", "acme.far@1 names one that cannot be read here: set"),
+            ("ids", "acme.ids@1 does not say its tokenizer: set .* or send token ids"),
+        ):
+            with pytest.raises(NoTokenizer, match=says):
+                own.detector.detect(TENANT, Query(text=text, key=name))
         ids = np.frombuffer(text.encode(), np.uint8)
         assert own.detector.detect(TENANT, Query(tokens=ids)).n_keys == 3
+
+
+def test_the_only_tokenizer_reads_keys_that_name_none(tmp_path: Path) -> None:
+    letter_tokenizer(tmp_path / "letters")
+    sources = {"letters": str(tmp_path / "letters")}
+    with open_book(tmp_path) as own:
+        record = own.make("ids")
+        key = own.keybook.key_of(record)
+        assert isinstance(key, Key)
+        # Ids of ASCII letters are their bytes, turned by one.
+        ids = np.frombuffer(marked_letters(key, "gumbel", 300, 2).encode(), np.uint8)
+        text = "".join(chr(number + 1) for number in ids.tolist())
+        detector = Detector(own.keybook, Tokenizers(sources), revalidate_s=0.0)
+        finding = detector.detect(TENANT, Query(text=text))
+        assert finding.verdict == "detected" and finding.cautions == () and finding.hints == ()
+        told = PublicTier(detector).answer(TENANT, text, identity=None, address=None)
+        assert told.verdict == "detected"
+        # What a key or a request names goes before it.
+        hinted = detector.detect(TENANT, Query(text=text, tokenizer="bytes"))
+        assert hinted.verdict == "inconclusive"
+        with pytest.raises(NoTokenizer, match=r"acme.ids@1 does not .*\(bytes, letters, more\)"):
+            Detector(own.keybook, Tokenizers(sources | {"more": "smollm2"})).detect(
+                TENANT, Query(text=text)
+            )
+        other = own.make("bytes", tokenizer=BYTES_SHA256)
+        their = own.keybook.key_of(other)
+        assert isinstance(their, Key)
+        theirs = marked_letters(their, "gumbel", 300, 2)
+        assert detector.detect(TENANT, Query(text=theirs)).key_id == other.id
+
+
+def letter_tokenizer(folder: Path) -> None:
+    """A tokenizer of characters below 128, whose ids are one less than their codes."""
+    folder.mkdir()
+    vocabulary = {chr(code + 1): code for code in range(127)}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "a"}
+    split = {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False}
+    written = {"version": "1.0", "added_tokens": [], "pre_tokenizer": split, "model": model}
+    (folder / "tokenizer.json").write_text(json.dumps(written))
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kind))
+
+
+def test_over_http_a_key_says_its_tokenizer(tmp_path: Path) -> None:
+    made = prepare(tmp_path, sections="[detector]\nrevalidate_s = 0\n")
+    spec = {"model": "m", "scheme": "gumbel", "slots": 1}
+    text = "some words of a text " * 40
+    with (
+        running(made) as service,
+        service.client("key-admin") as admin,
+        service.client("detector-expert") as expert,
+    ):
+        for body in (
+            {"tokenizer": "bytes", "tokenizer_sha256": BYTES_SHA256},
+            {"tokenizer": "canary"},
+        ):
+            answer = admin.post("/v1/keys", json=spec | {"name": "no"} | body)
+            assert (answer.status_code, answer.json()["code"]) == (422, "tokenizer")
+            assert "canary" not in answer.text
+        assert admin.post("/v1/keys", json=spec | {"name": "none"}).status_code == 201
+        answer = expert.post("/v1/detect", json={"text": text})
+        assert answer.status_code == 422
+        assert f"{SERVED}.none@1 does not say its tokenizer: set" in answer.json()["detail"]
+        said = spec | {"name": "chat", "tokenizer": "bytes"}
+        assert admin.post("/v1/keys", json=said).status_code == 201
+        assert admin.get("/v1/keys/chat").json()["tokenizer_sha256"] == BYTES_SHA256
+        assert expert.post("/v1/detect", json={"text": text}).json()["n_keys"] == 1
+        answer = expert.post("/v1/detect", json={"text": "a" + "\u0301" * 31})
+        assert answer.status_code == 422 and "30 combining marks" in answer.json()["detail"]
 
 
 def test_ids_outside_a_vocabulary(tmp_path: Path) -> None:

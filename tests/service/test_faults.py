@@ -182,7 +182,7 @@ def test_key_management_dies_and_comes_back(tmp_path: Path, bao: kmskit.System) 
                 ready = client.get("/readyz")
                 assert ready.status_code == 503
                 states = {c["name"]: c["ok"] for c in ready.json()["components"]}
-                assert states == {"database": True, "kms": False, "log": True, "detection": True}
+                assert states["database"] and states["detection"] and not states["kms"]
             with service.client("detector-expert") as client:
                 problem(client.post("/v1/jobs", json=[{"tokens": marked}]), 503)
             # The secret's time in memory ends, and with it detection; it never says "no mark".

@@ -1,5 +1,6 @@
 """What an operator writes is read strictly: nothing unknown, no secret, no path by accident."""
 
+import dataclasses
 import json
 import os
 import stat
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from filigrane.errors import FiligraneError
+from filigrane.service.public import BudgetSpent, PublicLimits
 from filigrane.service.settings import Oidc, Settings, open_office, settings_path
 
 KMS = '[kms]\nprovider = "local"\npath = "root.key"\npassphrase_file = "pass"\n'
@@ -46,6 +48,7 @@ def test_defaults_and_paths_from_the_files_folder(tmp_path: Path) -> None:
         (KMS + "listen = 3\n", "kms.listen must be a text"),
         ("listen = 3\n" + KMS, r"write \[listen\]"),
         (KMS + "[public]\n", r"\[public\] lacks tenant"),
+        (KMS + '[public]\ntenant = "a"\nmax_characters = 0\n', "max_characters is 0; use 1 to"),
         (KMS + '[public]\ntenant = "No Tenant"\n', "cannot be the name of a tenant"),
         (KMS + '[telemetry]\nlog_level = "chatty"\n', "log_level is one of debug"),
         (KMS + "not toml", "cannot be read"),
@@ -54,6 +57,12 @@ def test_defaults_and_paths_from_the_files_folder(tmp_path: Path) -> None:
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(FiligraneError, match=says):
         load(tmp_path, text)
+
+
+def test_tokenizers_are_paths_from_the_files_folder_or_aliases(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    settings = load(tmp_path, KMS + '[tokenizers]\na = "mine"\nb = "smollm2"\n')
+    assert settings.tokenizers == {"a": str(tmp_path / "mine"), "b": "smollm2"}
 
 
 def test_passwords_are_not_in_the_file_nor_in_what_is_shown(tmp_path: Path) -> None:
@@ -132,6 +141,35 @@ def test_a_first_service_in_an_empty_folder(tmp_path: Path) -> None:
     assert passphrase not in shown + (folder / "filigrane.toml").read_text()
     with pytest.raises(FiligraneError, match="exists already"):
         Settings.initial(folder, "acme")
+
+
+def test_the_first_settings_say_how_texts_are_read(tmp_path: Path) -> None:
+    assert Settings.initial(tmp_path / "new").tokenizers == {}
+    path = tmp_path / "new" / "filigrane.toml"
+    path.write_text(path.read_text().replace("# smollm2 =", "smollm2 ="))
+    assert Settings.load(path).tokenizers == {"smollm2": "smollm2"}
+
+
+def test_the_public_tier_has_the_limits_of_the_settings(tmp_path: Path) -> None:
+    settings = Settings.initial(tmp_path / "new")
+    assert settings.public is not None
+    with open_office(settings) as office:
+        assert office.public.limits == PublicLimits(alpha=settings.detector.alpha)
+    public = dataclasses.replace(
+        settings.public,
+        min_tokens=2,
+        per_identity="3/hour",
+        per_network="4/hour",
+        near_duplicates=5,
+        max_characters=6,
+        receipts="7/hour",
+    )
+    with open_office(dataclasses.replace(settings, public=public)) as office:
+        given = {field.name for field in dataclasses.fields(public)} - {"tenant"}
+        for name in given:
+            assert getattr(office.public.limits, name) == getattr(public, name), name
+        with pytest.raises(BudgetSpent, match="at most 6 characters"):
+            office.public.answer("demo", "1234567", identity=None, address=None)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from test_jobs import wait
 from filigrane.service import telemetry
 from filigrane.service.office import open_office
 from filigrane.service.settings import Settings, TelemetrySettings
+from filigrane.service.tokenizing import BYTES_SHA256
 from servicekit import TENANT, Service, prepare, problem, running
 
 TEXT = "zq7xtelemetry canary of a text nobody else writes"
@@ -137,6 +138,7 @@ def use(service: Service, shown: list[bytes]) -> None:
     """Send the canary wherever a text, a name or a token can be sent; keep every answer."""
     with service.client("key-admin") as client:
         spec = {"name": "chat", "model": "toy", "scheme": "gumbel", "slots": 1}
+        spec["tokenizer_sha256"] = BYTES_SHA256
         assert client.post("/v1/keys", json=spec).status_code == 201
         assert client.post("/v1/keys/chat/versions/1/promote").status_code == 200
     tokens = [ord(letter) for letter in TEXT]

@@ -1,8 +1,10 @@
 """The operator's commands, on a service that `Settings.initial` wrote."""
 
+import contextlib
 import json
 import os
 import re
+import sqlite3
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,11 +13,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import pgkit
 import storekit
 from filigrane.cli import access, audit, keys
 from filigrane.errors import FiligraneError, NotFound, StateError
 from filigrane.keys import Key
-from filigrane.service.settings import Settings
+from filigrane.service.settings import Settings, open_office
+from filigrane.service.tokenizing import BYTES_SHA256, NoTokenizer
 
 
 class Commands:
@@ -55,14 +59,20 @@ def test_a_provider_from_the_terminal(run: Commands, tmp_path: Path) -> None:
     (tmp_path / "engine.jwk").write_text(json.dumps(storekit.identity()))
     run(access, "engine", "acme", "e1", "--model", "m", "--public-key", "engine.jwk")
     assert "waits for" in run(keys, "rotate", "acme", "chat", "--request-id", "r1")
-    assert run.json(keys, "rotate", "acme", "chat", "--request-id", "r1")["id"] == "acme.chat@2"
+    assert run.json(keys, "rotate", "acme.chat", "--request-id", "r1")["id"] == "acme.chat@2"
+    with pytest.raises(FiligraneError, match="is written tenant"):
+        run(keys, "rotate", "acme")
     with pytest.raises(StateError, match="waits for the engines e1"):
         run(keys, "promote", "acme.chat@1")
     run(access, "revoke", "acme", "--engine", "e1")
     assert "acme.chat@1 is active" in run(keys, "promote", "acme.chat@1")
     run(keys, "promote", "acme.chat@2")
-    run(keys, "compromise", "acme.chat@1", "--since", "2026-01-01T00:00:00Z")
+    leaked = run.json(keys, "compromise", "acme.chat@1", "--since", "2026-01-01")
+    assert leaked["compromised_since"] == "2026-01-01T00:00:00+00:00"
+    run(keys, "compromise", "acme.chat@1", "--since", "2025-12-01T00:00:00Z")
     run(keys, "retire", "acme.chat@2")
+    with pytest.raises(StateError, match=r"acme\.chat@2 is retired already"):
+        run(keys, "retire", "acme.chat@2")
     with pytest.raises(FiligraneError, match="with its zone"):
         run(keys, "compromise", "acme.chat@2", "--since", "yesterday")
     own = Key.generate("own")
@@ -73,6 +83,29 @@ def test_a_provider_from_the_terminal(run: Commands, tmp_path: Path) -> None:
     assert [v["id"] for v in listed] == ["acme.chat@1", "acme.chat@2", "acme.own@1"]
     assert "acme.chat@2" in run(keys, "list", "acme")
     assert own.export_text().rpartition(":")[2][:20] not in run.said
+
+
+def test_a_key_says_its_tokenizer(run: Commands, tmp_path: Path) -> None:
+    made = ("create", "demo")
+    mark = ("--model", "m", "--scheme", "gumbel")
+    run(keys, *made, "chat", *mark, "--tokenizer", "bytes")
+    run(keys, *made, "same", *mark, "--tokenizer-sha256", BYTES_SHA256)
+    assert "tokenizer" not in run.said
+    # The notice is not part of the answer.
+    assert "tokenizer" not in run(keys, *made, "none", *mark)
+    assert "demo.none@1 does not say its tokenizer, so that only token ids" in run.said
+    settings = tmp_path / "service" / "filigrane.toml"
+    settings.write_text(settings.read_text().replace("# smollm2 =", "smollm2 ="))
+    run(keys, *made, "only", *mark)
+    assert "demo.only@1 does not say its tokenizer: its texts are read with 'smollm2'" in run.said
+    with pytest.raises(FiligraneError, match="one of the two"):
+        both = ("--tokenizer", "bytes", "--tokenizer-sha256", BYTES_SHA256)
+        run(keys, *made, "both", *mark, *both)
+    with pytest.raises(NoTokenizer, match="it has bytes, smollm2"):
+        run(keys, *made, "wrong", *mark, "--tokenizer", "mine")
+    with open_office(Settings.load(settings)) as office:
+        found = {key.spec.name: key.spec.tokenizer_sha256 for key in office.keybook.keys("demo")}
+    assert found == {"chat": BYTES_SHA256, "same": BYTES_SHA256, "none": None, "only": None}
 
 
 def test_two_custodians(run: Commands, tmp_path: Path) -> None:
@@ -118,7 +151,7 @@ def test_the_log_is_verified_offline(
     run(keys, "create", "acme", "chat", "--model", "m", "--scheme", "gumbel")
     assert "signed 2 records" in run(audit, "checkpoint", "acme", "--out", "kept.json")
     run(keys, "rotate", "acme", "chat")
-    run(audit, "export", "acme", "--out", "log.jsonl")
+    assert "wrote 3 records" in run(audit, "export", "acme", "log.jsonl")
     run(audit, "jwks", "--out", "jwks.json")
     whole = (tmp_path / "log.jsonl").read_bytes()
     assert run(audit, "export", "acme").encode() == whole
@@ -126,7 +159,8 @@ def test_the_log_is_verified_offline(
     os.rename("service", "away")
     given = ("verify", "log.jsonl", "--jwks", "jwks.json", "--trusted", "kept.json")
     report = run.json(audit, *given)
-    assert report["verified"] and (report["n_records"], report["n_covered"]) == (3, 2)
+    assert report["verified"] and (report["n_records"], report["n_covered"]) == (3, 3)
+    assert report["n_checkpoints"] == 2
     assert "in order: 3 records" in run(audit, *given)
     for changed in (
         whole.replace(b"key.rotate", b"key.create"),
@@ -136,6 +170,15 @@ def test_the_log_is_verified_offline(
     ):
         (tmp_path / "log.jsonl").write_bytes(changed)
         assert run.json(audit, *given, code=1)["verified"] is False
+    # The last checkpoint is cut off: the third record is signed by nobody, whatever was kept.
+    cut = b"".join(whole.splitlines(keepends=True)[:-1])
+    (tmp_path / "log.jsonl").write_bytes(cut)
+    for known in (given, given[:4]):
+        refused = run.json(audit, *known, code=1)
+        assert refused["reason"] == "1 record at the end is signed by nobody."
+        assert run(audit, *known, code=1) == ""
+        assert "1 record at the end is signed by nobody" in run.said.splitlines()[-1]
+        assert "in order: 3 records" in run(audit, *known, "--allow-unsigned-end")
     (tmp_path / "jwks.json").write_text("[]")
     with pytest.raises(FiligraneError, match="no JSON object"):
         run(audit, *given)
@@ -146,17 +189,42 @@ def test_archives_and_migrations(
 ) -> None:
     run(access, "tenant", "acme")
     run(keys, "create", "acme", "chat", "--model", "m", "--profile", "vllm-gumbel")
-    run(keys, "export", "acme", "--out", "acme.archive")
+    run(keys, "export", "acme", "acme.archive")
     assert (tmp_path / "acme.archive").stat().st_mode & 0o777 == 0o600
     with pytest.raises(FiligraneError, match="there already"):
-        run(keys, "export", "acme", "--out", "acme.archive")
+        run(keys, "export", "acme", "acme.archive")
     for path in (tmp_path / "service").glob("filigrane.db*"):
         path.unlink()
     with pytest.raises(FiligraneError, match="keys migrate"):
         run(keys, "import", "acme.archive")
-    assert run.json(keys, "migrate") == {"before": None, "after": "0001"}
+    assert run.json(keys, "migrate") == {"before": None, "after": "0001", "granted_to": None}
     assert "nothing to do" in run(keys, "migrate")
     assert run.json(keys, "import", "acme.archive") == {"versions": 1}
     assert run.json(keys, "list", "acme")["versions"][0]["id"] == "acme.chat@1"
     with pytest.raises(FiligraneError, match="set the variable NOWHERE"):
         run(keys, "migrate", "--url-env", "NOWHERE")
+
+
+def test_a_log_that_was_altered_is_exported_unsigned(run: Commands, tmp_path: Path) -> None:
+    run(access, "tenant", "acme")
+    run(keys, "create", "acme", "chat", "--model", "m", "--scheme", "gumbel")
+    run(audit, "jwks", "--out", "jwks.json")
+    with contextlib.closing(sqlite3.connect(tmp_path / "service" / "filigrane.db")) as connection:
+        connection.execute("DROP TRIGGER log_no_update")
+        connection.execute("UPDATE log SET actor = 'eve' WHERE position = 1")
+        connection.commit()
+    assert "wrote 2 records" in run(audit, "export", "acme", "log.jsonl", code=1)
+    assert "record 1 of acme's log was altered" in run.said
+    refused = run.json(audit, "verify", "log.jsonl", "--jwks", "jwks.json", code=1)
+    assert "record 1 is not what was logged" in refused["reason"]
+
+
+def test_migrating_says_whom_it_served(
+    cluster: pgkit.Cluster, run: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OWNER", cluster.empty().owner)
+    given = ("migrate", "--url-env", "OWNER", "--service-role", "filigrane_app")
+    first, second = run(keys, *given), run(keys, *given)
+    assert "was an empty database, granted to filigrane_app" in first
+    assert second.endswith(": granted to filigrane_app\n")
+    assert run.json(keys, *given)["granted_to"] == "filigrane_app"

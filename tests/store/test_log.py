@@ -200,6 +200,20 @@ def test_a_process_that_has_the_log_in_memory_sees_new_checkpoints(
         store.log.verify("acme")
 
 
+def test_an_export_is_signed_to_its_end(store: storekit.Opened) -> None:
+    log = store.log
+    log.checkpoint("acme")
+    for number in range(3):
+        log.append("acme", "ann", "a.note", {"number": number})
+    held = lines(store)
+    assert held[-1]["checkpoint"] == (point := log.latest("acme")).to_json()  # type: ignore[union-attr]
+    assert point is not None and point.size == 4 == log.size("acme")
+    # Nothing is new: nothing is signed.
+    assert lines(store) == held
+    report = store.verify("acme")
+    assert (report.n_records, report.n_checkpoints, report.n_covered) == (4, 2, 4)
+
+
 def test_positions_have_no_gaps(store: storekit.Opened) -> None:
     """Whoever may only add could otherwise end a log: nothing follows the last position."""
     copy = (

@@ -173,3 +173,70 @@ def test_times() -> None:
     assert moment(stamp(at)) == at.replace(microsecond=at.microsecond // 1000 * 1000)
     with pytest.raises(StoreError, match="zone"):
         stamp(at.replace(tzinfo=None))
+
+
+@pytest.mark.parametrize(
+    ("change", "undo"),
+    [
+        ("tenants RENAME TO others", "others RENAME TO tenants"),
+        ("tenants RENAME COLUMN revision TO other", "tenants RENAME COLUMN other TO revision"),
+    ],
+)
+def test_tables_that_no_retry_mends(stores: storekit.Stores, change: str, undo: str) -> None:
+    urls = stores.urls()
+    database = Database.open(urls.app)
+    engine = create_engine(urls.owner.replace("postgresql://", "postgresql+psycopg://"))
+    with engine.begin() as connection:
+        connection.execute(text(f"ALTER TABLE {change}"))
+    with (
+        pytest.raises(StoreError, match="not this version's: run `filigrane keys mig") as caught,
+        database.tenant("acme") as connection,
+    ):
+        database_module.lock_tenant(connection, "acme")
+    assert "does not answer" not in str(caught.value)
+    if stores.dialect == "postgresql":
+        assert "42P01" in str(caught.value) or "42703" in str(caught.value)
+    database.close()
+    # Other tests get this database later.
+    with engine.begin() as connection:
+        connection.execute(text(f"ALTER TABLE {undo}"))
+    engine.dispose()
+
+
+def test_a_role_without_rights_is_named(cluster: pgkit.Cluster) -> None:
+    urls = cluster.database()
+    cluster.execute("CREATE ROLE guest LOGIN PASSWORD 'sesame'")
+    url = f"postgresql://guest:sesame@127.0.0.1:{cluster.port}/{urls.name}"
+    with pytest.raises(StoreError, match="the role guest may not do that") as caught:
+        Database.open(url)
+    assert "`filigrane keys migrate --service-role guest`" in str(caught.value)
+    assert "sesame" not in str(caught.value) and "42501" in str(caught.value)
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'store.db'}"
+    migrate(url)
+    database = Database.open(url)
+    with (
+        pytest.raises(StoreError, match="the disk is full"),
+        database.tenant("acme") as connection,
+    ):
+        connection.exec_driver_sql("PRAGMA max_page_count = 1")
+        connection.exec_driver_sql("CREATE TABLE big AS SELECT zeroblob(10000000) AS b")
+    database.close()
+
+
+@pytest.mark.parametrize(
+    ("statement", "code"), [("SELECT 1 / 0", "22012"), ("SELECT 'sesame'::int", "22P02")]
+)
+def test_what_cannot_be_helped_is_told_by_its_code(
+    cluster: pgkit.Cluster, statement: str, code: str
+) -> None:
+    database = Database.open(cluster.database().app)
+    with (
+        pytest.raises(StoreError, match=f"trying again does not help.*{code}") as caught,
+        database.reading("acme") as connection,
+    ):
+        connection.exec_driver_sql(statement)
+    assert "sesame" not in str(caught.value)
+    database.close()

@@ -20,25 +20,43 @@ Out = Annotated[
 ]
 
 
-def export(tenant: Tenant, out: Out = None, config: Config = None, json: Json = False) -> None:
+def export(
+    tenant: Tenant,
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="Where to; else stdout.", show_default=False),
+    ] = None,
+    config: Config = None,
+    json: Json = False,
+) -> None:
     """Write a tenant's whole log as JSON lines: records, hashes, checkpoints.
 
-    It holds no text, no score and no secret. `filigrane audit verify` checks it anywhere.
+    The last line is a checkpoint over all of it, signed now if there was none. It holds no text, no
+    score and no secret. `filigrane audit verify` checks it anywhere.
 
-    Exit codes: 0 written.
+    Exit codes: 0 written; 1 written, but unsigned: the log was altered in the database.
     """
     held = io.BytesIO()
     with opened(config) as counter:
         count = counter.log.export(tenant, held)
-    if out is None:
+        try:
+            counter.log.check()
+            altered = None
+        except AuditError as error:
+            altered = str(error)
+    if file is None:
         # Lines of JSON with or without --json.
         typer.echo(held.getvalue(), nl=False)
-        return
-    out.write_bytes(held.getvalue())
-    if json:
-        render.dump({"tenant": tenant, "file": str(out), "records": count})
-        return
-    render.stdout().print(f"wrote {count} records to {out}", soft_wrap=True, markup=False)
+    else:
+        file.write_bytes(held.getvalue())
+        if json:
+            render.dump({"tenant": tenant, "file": str(file), "records": count})
+        else:
+            said = f"wrote {count} records to {file}"
+            render.stdout().print(said, soft_wrap=True, markup=False)
+    if altered is not None:
+        render.fail(altered)
+        raise typer.Exit(1)
 
 
 def checkpoint(tenant: Tenant, out: Out = None, config: Config = None, json: Json = False) -> None:
@@ -96,14 +114,23 @@ def verify(
             show_default=False,
         ),
     ] = None,
+    allow_unsigned_end: Annotated[
+        bool,
+        typer.Option(
+            "--allow-unsigned-end",
+            help="Only warn of records after the last checkpoint, as a log has that was copied "
+            "while it grew.",
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Check a log that was exported: every record, every hash, every signature. Needs no service.
 
-    Without a checkpoint that was kept elsewhere nobody can tell whether the end was cut off, or all
-    of it written anew by whoever has the service's root.
+    An export ends with a checkpoint over all of it: records that none covers are what is left of a
+    longer log. A log that was cut right behind an older checkpoint looks whole, and one that was
+    written anew by whoever has the service's root does too: only --trusted tells.
 
-    Exit codes: 0 in order; 1 altered, cut, reordered or signed by others.
+    Exit codes: 0 in order; 1 altered, cut, reordered, signed by others, or unsigned at the end.
     """
     from filigrane.custody.audit import Checkpoint, read_lines, verify_log
 
@@ -118,6 +145,18 @@ def verify(
         else:
             render.fail(str(error))
         raise typer.Exit(1) from None
+    loose = report.n_records - report.n_covered
+    said = (
+        f"{loose} {'record' if loose == 1 else 'records'} at the end "
+        f"{'is' if loose == 1 else 'are'} signed by nobody"
+    )
+    if loose:
+        hint = "" if allow_unsigned_end else ": the log was cut, or copied while it grew"
+        render.warn(said + hint)
+    if loose and not allow_unsigned_end:
+        if json:
+            render.dump({"verified": False, "reason": f"{said}."})
+        raise typer.Exit(1)
     if json:
         facts = {name: getattr(report, name) for name in report.__slots__}
         render.dump({"verified": True, **facts})
@@ -132,6 +171,11 @@ def verify(
     out.print(f"head: {report.head}", soft_wrap=True, markup=False)
     if report.n_backwards:
         render.warn(f"{report.n_backwards} records are dated before the one before them")
+    if kept is None:
+        render.notice(
+            f"the last record is of {report.last_at}; whether others followed it, a checkpoint "
+            "that was kept elsewhere tells: --trusted FILE"
+        )
 
 
 SUBCOMMANDS: Final = {

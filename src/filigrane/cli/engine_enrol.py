@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from filigrane.cli import render
+from filigrane.cli.options import Json
 
 
 def enrol(
@@ -14,6 +15,7 @@ def enrol(
     out: Annotated[
         str, typer.Option("--out", "-o", metavar="FILE", help="New file for the private part.")
     ],
+    json: Json = False,
 ) -> None:
     """Make an engine's identity, and print its public part for the service.
 
@@ -27,5 +29,8 @@ def enrol(
 
     identity = Identity.generate(name)
     identity.save(out)
+    if json:
+        render.dump({"engine": name, "file": out, "public_key": identity.public_key})
+        return
     sys.stdout.write(jsons.dumps(identity.public_key) + "\n")
     render.notice(f"the private part is in {out}: it never leaves this machine.")

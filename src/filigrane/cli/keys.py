@@ -14,18 +14,22 @@ from filigrane.cli.keys_office import (
     Tenant,
     TokenFile,
     VersionId,
+    key_name,
     moment,
     opened,
     parts,
     principal,
+    settings_of,
     told,
 )
 from filigrane.cli.options import Json
+from filigrane.errors import FiligraneError
 
 if TYPE_CHECKING:
     from filigrane.custody.hierarchy import KeySpec
     from filigrane.foreign import ForeignKey
     from filigrane.keys import Key
+    from filigrane.service.settings import Settings
     from filigrane.store.records import VersionRecord
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The key's name.", show_default=False)]
@@ -62,12 +66,21 @@ def create(
             show_default=False,
         ),
     ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            "--tokenizer",
+            metavar="NAME",
+            help="The model's tokenizer, to read texts: a name of [tokenizers] in the settings.",
+            show_default=False,
+        ),
+    ] = None,
     tokenizer_sha256: Annotated[
         str | None,
         typer.Option(
             "--tokenizer-sha256",
             metavar="HEX",
-            help="Of the model's tokenizer, as `filigrane embed --json` says it.",
+            help="The same by its fingerprint, as `filigrane embed --json` says it.",
             show_default=False,
         ),
     ] = None,
@@ -97,6 +110,11 @@ def create(
     """
     from filigrane.custody.hierarchy import KeySpec
 
+    settings = settings_of(config)
+    if tokenizer is not None:
+        if tokenizer_sha256 is not None:
+            raise FiligraneError("name one of the two: --tokenizer or --tokenizer-sha256.")
+        tokenizer_sha256 = _fingerprint(tokenizer, settings)
     spec = KeySpec(
         tenant=tenant,
         name=name,
@@ -113,6 +131,8 @@ def create(
         else:
             record = counter.keybook.import_key(spec, _read(source, spec), actor=actor)
     _show(record, json)
+    if tokenizer_sha256 is None:
+        render.notice(_unread(record.id, settings))
 
 
 def list_keys(tenant: Tenant, config: Config = None, json: Json = False) -> None:
@@ -134,8 +154,12 @@ def list_keys(tenant: Tenant, config: Config = None, json: Json = False) -> None
 
 
 def rotate(
-    tenant: Tenant,
-    name: Name,
+    tenant: Annotated[
+        str, typer.Argument(metavar="TENANT", help="Whose; or acme.chat.", show_default=False)
+    ],
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="The key's name.", show_default=False)
+    ] = None,
     request_id: RequestId = None,
     actor: Actor = "operator",
     config: Config = None,
@@ -145,8 +169,9 @@ def rotate(
 
     Exit codes: 0 made.
     """
+    owner, key = key_name(tenant, name)
     with opened(config) as counter:
-        record = counter.keybook.rotate(tenant, name, actor=actor, request_id=request_id)
+        record = counter.keybook.rotate(owner, key, actor=actor, request_id=request_id)
     _show(record, json)
 
 
@@ -185,7 +210,7 @@ def compromise(
         typer.Option(
             "--since",
             metavar="TIME",
-            help="From when on others may have had it, as 2026-11-02T09:30:00Z.",
+            help="From when on others may have had it: 2026-11-02 (UTC), 2026-11-02T09:30:00Z.",
             show_default=False,
         ),
     ],
@@ -253,6 +278,27 @@ def _read(path: Path, spec: "KeySpec") -> "Key | ForeignKey":
     if spec.profile is None:
         return Key.load(path)
     return ForeignKey.load(path, from_tag(spec.profile).key_form)
+
+
+def _fingerprint(name: str, settings: "Settings") -> str:
+    from filigrane.service.tokenizing import Tokenizers
+
+    return Tokenizers(settings.tokenizers).sha256(name)
+
+
+def _unread(version_id: str, settings: "Settings") -> str:
+    from filigrane.service.tokenizing import Tokenizers
+
+    only = Tokenizers(settings.tokenizers).only
+    if only is not None:
+        return (
+            f"{version_id} does not say its tokenizer: its texts are read with {only!r} as long as "
+            "[tokenizers] holds no other; --tokenizer NAME says it for good."
+        )
+    return (
+        f"{version_id} does not say its tokenizer, so that only token ids can be tested: set "
+        "[tokenizers] in the settings, and create keys with --tokenizer NAME."
+    )
 
 
 def _show(record: "VersionRecord", json: bool) -> None:

@@ -14,9 +14,7 @@ from filigrane.errors import FiligraneError
 
 def export_archive(
     tenant: Tenant,
-    out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="FILE", help="A new file.", show_default=False)
-    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A new file.", show_default=False)],
     actor: Actor = "operator",
     config: Config = None,
     json: Json = False,
@@ -29,11 +27,11 @@ def export_archive(
     """
     with opened(config) as counter:
         data = counter.keybook.export_archive(tenant, actor=actor)
-    write_private(out, data)
+    write_private(file, data)
     if json:
-        render.dump({"tenant": tenant, "file": str(out), "bytes": len(data)})
+        render.dump({"tenant": tenant, "file": str(file), "bytes": len(data)})
         return
-    render.stdout().print(f"wrote {out}, {len(data)} bytes", soft_wrap=True, markup=False)
+    render.stdout().print(f"wrote {file}, {len(data)} bytes", soft_wrap=True, markup=False)
 
 
 def import_archive(
@@ -96,9 +94,15 @@ def migrate(
             f"{error.name} is missing: pip install 'filigrane[service]'."
         ) from None
     before, after = run(url, service_role=service_role)
+    # SQLite has no roles: there the option is for nothing.
+    granted_to = service_role if url.startswith("postgresql") else None
     if json:
-        render.dump({"before": before, "after": after})
+        render.dump({"before": before, "after": after, "granted_to": granted_to})
         return
-    was = "an empty database" if before is None else before
-    done = "nothing to do" if before == after else f"was {was}"
-    render.stdout().print(f"tables {after}: {done}", soft_wrap=True, markup=False)
+    done = []
+    if before != after:
+        done.append(f"was {'an empty database' if before is None else before}")
+    if granted_to is not None:
+        done.append(f"granted to {granted_to}")
+    said = ", ".join(done) or "nothing to do"
+    render.stdout().print(f"tables {after}: {said}", soft_wrap=True, markup=False)

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from filigrane.store.records import VersionRecord
 
 _ID = re.compile(r"([^.@]+)\.([^.@]+)@([1-9][0-9]{0,5})")
+_KEY = re.compile(r"([^.@]+)\.([^.@]+)")
+_DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 Config = Annotated[
     Path | None,
@@ -99,14 +101,29 @@ def parts(version_id: str) -> tuple[str, str, int]:
     return found[1], found[2], int(found[3])
 
 
+def key_name(tenant: str, name: str | None) -> tuple[str, str]:
+    """Tenant and name of a key, given as two words or as 'acme.chat'. Raises KeyFormatError."""
+    if name is not None:
+        return tenant, name
+    found = _KEY.fullmatch(tenant)
+    if found is None:
+        raise KeyFormatError("a key is written tenant.name or tenant name: acme.chat.")
+    return found[1], found[2]
+
+
 def moment(written: str, what: str) -> datetime:
-    """A time with its zone. Raises FiligraneError."""
+    """A time with its zone, or the begin of a day in UTC. Raises FiligraneError."""
     try:
         when = datetime.fromisoformat(written)
     except ValueError:
         when = None
+    if when is not None and _DAY.fullmatch(written):
+        when = when.replace(tzinfo=UTC)
     if when is None or when.tzinfo is None:
-        raise FiligraneError(f"{what}: write a time with its zone, as 2026-11-02T09:30:00Z.")
+        raise FiligraneError(
+            f"{what}: write a day (UTC), as 2026-11-02, or a time with its zone, as "
+            "2026-11-02T09:30:00Z."
+        )
     return when
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from filigrane.cli import render
 from filigrane.errors import ReceiptError
@@ -100,7 +101,11 @@ def verify(
     }
     out = render.stdout()
     out.print("genuine", style="bold")
-    out.print(render.facts(shown))
+    width = max(map(len, shown))
+    for name, value in shown.items():
+        # Unwrapped: digests are copied and compared.
+        line = Text(f"{name:<{width}}", style="bold")
+        out.print(line.append(f"  {render.clean(value)}", style="not bold"), soft_wrap=True)
     if text is None:
         render.notice("with --text FILE it is also checked which text this is about")
     if found.committed_at is not None and text_date is None:

@@ -53,5 +53,7 @@ def require_move(key_id: str, now: State, to: State) -> None:
     """Raise StateError, saying what is possible instead, unless `to` may follow `now`."""
     if to in MOVES[now]:
         return
+    if to is now:
+        raise StateError(f"{key_id} is {now} already.")
     allowed = ", ".join(sorted(MOVES[now])) or "nothing any more"
     raise StateError(f"{key_id} is {now}, from which it cannot become {to}; possible: {allowed}.")

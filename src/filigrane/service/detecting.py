@@ -15,7 +15,8 @@ the best), which holds under every dependence. What a compromised version finds 
 text that is known to have existed before the compromise, and what a version finds that never came
 into use does not count at all: versions can be made by the thousand until one fits a text. Nothing
 here touches a database while the keys in memory are fresh; texts and ids are neither kept nor
-logged. A text is read, as it is hashed, in Unicode's form NFC.
+logged. A text is read, as it is hashed, in Unicode's form NFC, with the tokenizer that the caller
+names, else the key's, else the only one of the settings, if they have exactly one.
 """
 
 import math
@@ -50,7 +51,7 @@ from filigrane.keys import Key, SecretWords
 from filigrane.schemes import from_tag
 from filigrane.schemes.base import Scheme
 from filigrane.service.contents import Cleaned, cleaned, content_hash, ids_hash
-from filigrane.service.tokenizing import Tokenizers
+from filigrane.service.tokenizing import NoTokenizer, Tokenizers
 
 if TYPE_CHECKING:
     from filigrane.store.keys import KeyBook
@@ -91,8 +92,8 @@ CAUTIONS: Final = {
     "several_slots": "More than one slot of the key agrees with the text. Honest texts carry one: "
     "this is a mixture of texts, or a forgery by somebody who learned from many of them.",
     "stale_keys": "The database does not answer: what was changed meanwhile was not considered.",
-    "tokenizer_missing": "Some keys could not be tested: the service lacks their tokenizer. Name "
-    "one that it has, or send token ids.",
+    "tokenizer_missing": "Some keys could not be tested: they name no tokenizer, or one that the "
+    "service lacks. Name one that it has, or send token ids.",
     "unusual_characters": "The text holds characters that are invisible or only look like others; "
     "it was read with and without them, and both readings were paid for.",
     "vocabulary_mismatch": "Some keys could not be tested: the ids lie outside their vocabulary.",
@@ -106,6 +107,8 @@ _OTHER_SLOTS: Final = 0.001
 _CHEAP: Final = frozenset({"gumbel", "greenlist"})
 _QUICK: Final = 20_000
 _MAX_TENANTS: Final = 1024
+# Keys that a message names.
+_SHOWN: Final = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -413,7 +416,8 @@ class Detector:
         """Look for the tenant's marks. Same keys, same query: same answer.
 
         clean: `contents.cleaned` of the query's text, if the caller has it already. Raises NotFound
-        if no key fits the hints; ModelError if none can be tested for want of a tokenizer;
+        if no key fits the hints; NoTokenizer, which names the keys, if none can be tested for want
+        of one;
         TokenError for what is no text or no ids; VocabularyMismatch if the ids fit no key;
         ReceiptError for a receipt that is none of this content; KmsError or StoreError if keys are
         neither in memory nor to be had, which never reads as "not detected".
@@ -556,7 +560,7 @@ class Detector:
         clean: Cleaned | None,
         cautions: set[str],
     ) -> list[tuple[_Candidate, list[_Reading]]]:
-        """Candidates that can be tested, each with its readings. Raises ModelError if none can."""
+        """Candidates that can be tested, each with its readings. Raises NoTokenizer if none can."""
         if clean is None:
             assert ids is not None
             only = [_Reading("given", ids, None)]
@@ -564,7 +568,9 @@ class Detector:
         made: dict[str, list[_Reading]] = {}
         read: list[tuple[_Candidate, list[_Reading]]] = []
         for candidate in candidates:
-            which = query.tokenizer or candidate.record.spec.tokenizer_sha256
+            named = query.tokenizer or candidate.record.spec.tokenizer_sha256
+            # By the settings alone: were it by what fits the text, it would have to be paid for.
+            which = named or self._tokenizers.only
             if which is None:
                 continue
             if which not in made:
@@ -575,10 +581,7 @@ class Detector:
             if made[which]:
                 read.append((candidate, made[which]))
         if not read:
-            raise ModelError(
-                "no key could be tested: the service lacks the tokenizers of all that fit. "
-                f"Name one that it has ({', '.join(self._tokenizers.names())}), or send ids."
-            )
+            raise _unreadable([candidate.record for candidate in candidates], self._tokenizers)
         if len(read) < len(candidates):
             cautions.add("tokenizer_missing")
         return read
@@ -698,6 +701,29 @@ def _tests(
             )
         cautions.add("vocabulary_mismatch")
     return outcomes, short
+
+
+def _unreadable(records: Sequence["VersionRecord"], tokenizers: Tokenizers) -> NoTokenizer:
+    """Why none of these can be tested, and what to do."""
+    unnamed = [one.id for one in records if one.spec.tokenizer_sha256 is None]
+    unknown = [one.id for one in records if one.spec.tokenizer_sha256 is not None]
+    said = []
+    if unnamed:
+        say = "does not say its tokenizer" if len(unnamed) == 1 else "do not say their tokenizer"
+        said.append(f"{_listed(unnamed)} {say}")
+    if unknown:
+        say = "names one" if len(unknown) == 1 else "name one"
+        said.append(f"{_listed(unknown)} {say} that cannot be read here")
+    return NoTokenizer(
+        f"{'; '.join(said)}: set [tokenizers] in the service's settings, create keys with "
+        "--tokenizer, name a tokenizer in the request "
+        f"({', '.join(tokenizers.names())}), or send token ids."
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _hints(query: Query) -> tuple[tuple[str, str], ...]:

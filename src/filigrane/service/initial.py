@@ -36,6 +36,11 @@ provider = "local"
 path = "root.key"
 passphrase_file = "root.passphrase"
 
+[tokenizers]
+# What texts are read with: that of each model. Keys name one of them when they are made
+# (`keys create --tokenizer`); a key that names none is read with the only one there is.
+# smollm2 = "smollm2"   # name = "folder with tokenizer.json, .gguf file, or alias"
+
 [public]
 tenant = "{tenant}"
 

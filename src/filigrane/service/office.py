@@ -145,4 +145,6 @@ def _public_limits(settings: Settings) -> "PublicLimits":
         per_identity=public.per_identity,
         per_network=public.per_network,
         near_duplicates=public.near_duplicates,
+        max_characters=public.max_characters,
+        receipts=public.receipts,
     )

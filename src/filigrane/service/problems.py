@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from filigrane import errors
+from filigrane.service.tokenizing import NoTokenizer
 
 __all__ = [
     "MEDIA_TYPE",
@@ -38,6 +39,7 @@ _OWN_WORDS: Final = (
     errors.ReceiptError,
     errors.AuditError,
     errors.NotReady,
+    NoTokenizer,
 )
 """Errors whose messages may be shown as they are."""
 
@@ -69,7 +71,8 @@ _BY_ERROR: Final[Mapping[type[Exception], tuple[int, str, str]]] = {
     errors.TokenError: (
         422,
         "tokens",
-        "tokens must be a list of whole numbers, 0 to 4294967294.",
+        "Send one of the two: tokens, a list of whole numbers, 0 to 4294967294, or text, which is "
+        "valid Unicode without lone surrogates and has at most 30 combining marks in a row.",
     ),
     errors.KeyFormatError: (
         422,
@@ -83,7 +86,7 @@ _BY_ERROR: Final[Mapping[type[Exception], tuple[int, str, str]]] = {
         "There is no such scheme or profile, or its parameters are out of range; GET /v1/profiles "
         "lists them.",
     ),
-    errors.ModelError: (422, "tokenizer", "This service has no such tokenizer."),
+    errors.ModelError: (422, "tokenizer", "A tokenizer of this service cannot be read; send ids."),
     errors.FiligraneError: (422, "refused", "The request cannot be carried out as it stands."),
 }
 """Error -> status, code, what is said of it where its own words are not shown."""

@@ -6,7 +6,7 @@
     [oidc]        issuer, audience, keys of an identity provider; absent: API tokens only
     [limits]      sizes, times, counts
     [public]      the tier without a token; absent: there is none
-    [tokenizers]  name = "path or alias"
+    [tokenizers]  name = "folder, .gguf file, or alias"
     [detector]    alpha, age of what is kept in memory
     [engine]      lifetime of leases
     [telemetry]   log level, metrics
@@ -201,8 +201,10 @@ class PublicSettings:
     """The tier without a token: whose keys it reads, and how much anybody may ask.
 
     min_tokens: shorter texts are "too_short"; per_identity, per_network: of one address and of
-    its network (/24, /48), in the words of `limits`; near_duplicates: how many texts that are
-    nearly alike a network may ask about in an hour.
+    its network (/24, /48), in the words of `limits` ("30/minute"); near_duplicates: how many texts
+    that are nearly alike one identity, or one network without identities, may ask about in an hour,
+    and fifty times as many all together; max_characters: of one text; receipts: rate of signed
+    receipts, each a line in the log for ever, of one identity or network.
     """
 
     tenant: str
@@ -210,11 +212,14 @@ class PublicSettings:
     per_identity: str = "30/minute"
     per_network: str = "120/minute"
     near_duplicates: int = 20
+    max_characters: int = 20_000
+    receipts: str = "20/hour"
 
     def __post_init__(self) -> None:
         check_name("tenant", self.tenant)
         _within("public.min_tokens", self.min_tokens, 1, 1_000_000)
         _within("public.near_duplicates", self.near_duplicates, 1, 1_000_000)
+        _within("public.max_characters", self.max_characters, 1, 10_000_000)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,6 +330,11 @@ class Settings:
         found["kms"] = {
             name: str(folder / value) if _KMS_PATH.fullmatch(name) else value
             for name, value in found["kms"].items()
+        }
+        found["tokenizers"] = {
+            # An alias is no path, unless there is something of that name.
+            name: str(folder / value) if value and (folder / value).exists() else value
+            for name, value in found.get("tokenizers", {}).items()
         }
         settings = cls(**found)
         return dataclasses.replace(

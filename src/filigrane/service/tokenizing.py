@@ -1,7 +1,8 @@
 """Texts to token ids with character offsets, by a tokenizer's name or its fingerprint.
 
 Knows nothing of keys. Tokenizers are loaded when they are first needed and kept; "bytes" is built
-in: its ids are the text's UTF-8 bytes. A text is read in NFC, the form that its hash is of.
+in: its ids are the text's UTF-8 bytes. A text is read in NFC, the form that its hash is of. Where
+the settings hold exactly one tokenizer, it reads what names none.
 """
 
 import hashlib
@@ -17,7 +18,13 @@ from filigrane.contexts import TokenIds
 from filigrane.errors import ModelError
 from filigrane.service.contents import canonical
 
-__all__ = ["BYTES_SHA256", "Encoded", "Tokenizers"]
+__all__ = ["BYTES_SHA256", "Encoded", "NoTokenizer", "Tokenizers"]
+
+
+class NoTokenizer(ModelError):
+    """A text cannot be read for want of a tokenizer. The message says what to do, by names that
+    the operator or the tenant gave: nothing of a request is in it.
+    """
 
 
 def _bytes_sha256() -> str:
@@ -101,12 +108,17 @@ class Tokenizers:
         """The names that can be asked for."""
         return ("bytes", *sorted(self._sources))
 
+    @property
+    def only(self) -> str | None:
+        """The name of the settings' tokenizer, if they have exactly one; "bytes" is none."""
+        return next(iter(self._sources)) if len(self._sources) == 1 else None
+
     def load(self) -> dict[str, str]:
         """Load all of them; name -> fingerprint, 64 hex digits. Raises ModelError."""
         return {name: self._get(name)[1] for name in self.names()}
 
     def name_of(self, which: str) -> str:
-        """The name of a tokenizer given by name or fingerprint. Raises ModelError if unknown."""
+        """The name of a tokenizer given by name or fingerprint. Raises NoTokenizer if unknown."""
         if which in self._loaded or which in self._sources:
             return which
         for name, (_, sha256) in list(self._loaded.items()):
@@ -115,11 +127,9 @@ class Tokenizers:
         for name in self._sources:
             if self._get(name)[1] == which:
                 return name
-        raise ModelError(
-            "this service has no such tokenizer; it has "
-            + ", ".join(self.names())
-            + ". Send token "
-            "ids instead, or have the tokenizer added to the service's settings."
+        raise NoTokenizer(
+            f"this service has no such tokenizer; it has {', '.join(self.names())}. Have it added "
+            "to [tokenizers] of the service's settings, or do without it: token ids need none."
         )
 
     def sha256(self, which: str) -> str:

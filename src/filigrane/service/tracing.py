@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Final
 from filigrane import stats
 from filigrane.contexts import TokenIds, as_token_ids
 from filigrane.custody.states import State
-from filigrane.errors import FiligraneError, ModelError, StateError
+from filigrane.errors import FiligraneError, StateError
 from filigrane.keys import Key
 from filigrane.schemes import from_tag
 from filigrane.service.contents import content_hash
 from filigrane.service.detecting import Detector, Query
 from filigrane.service.receipts import Receipts
+from filigrane.service.tokenizing import NoTokenizer
 from filigrane.tracing import trace
 
 if TYPE_CHECKING:
@@ -253,10 +254,11 @@ class Tracer:
         if query.text is None:
             assert query.tokens is not None
             return as_token_ids(query.tokens)
-        which = query.tokenizer or record.spec.tokenizer_sha256
+        tokenizers = self._detector.tokenizers
+        which = query.tokenizer or record.spec.tokenizer_sha256 or tokenizers.only
         if which is None:
-            raise ModelError(f"{record.id} names no tokenizer; name one, or send token ids.")
-        return self._detector.tokenizers.encode(query.text, which).ids
+            raise NoTokenizer(f"{record.id} names no tokenizer; name one, or send token ids.")
+        return tokenizers.encode(query.text, which).ids
 
     def _subject(
         self,

@@ -344,7 +344,7 @@ def _plain_errors(url: URL) -> Iterator[None]:
     except exc.IntegrityError as error:
         raise _refused(error) from None
     except exc.SQLAlchemyError as error:
-        raise StoreError(f"{_shown(url)}: {_reason(error)}") from None
+        raise StoreError(f"{_shown(url)}: {_reason(error, url.username)}") from None
 
 
 def _refused(error: exc.IntegrityError) -> AlreadyExists | StoreError:
@@ -360,36 +360,78 @@ def _refused(error: exc.IntegrityError) -> AlreadyExists | StoreError:
     return StoreError("the database refused a row that contradicts the others; nothing changed.")
 
 
-_REASONS: Final = {
-    "database or disk is full": "there is no room left; nothing was changed. Free some.",
-    "No space left": "there is no room left; nothing was changed. Free some.",
-    "database is locked": "somebody else has been writing for 10 s; try again.",
-    "lock timeout": "somebody else has been writing for 10 s; try again.",
+_STALE: Final = (
+    "the tables are not this version's: run `filigrane keys migrate`, or restore a backup"
+)
+_FULL: Final = "the disk is full, there is no room left; nothing was changed. Free some."
+_BUSY: Final = "somebody else has been writing for 10 s; try again."
+_DENIED: Final = (
+    "{role} may not do that: run `filigrane keys migrate --service-role {name}` with the settings "
+    "of the role that owns the tables"
+)
+
+_PHRASES: Final = {
+    "database or disk is full": _FULL,
+    "No space left": _FULL,
+    "database is locked": _BUSY,
     "readonly database": "it is read-only; check the permissions of the file and its folder.",
-    "read-only transaction": "it is read-only; nothing was changed.",
-    "attempt to write a readonly": "it is read-only; check the permissions of its folder.",
     "append-only": "the audit log is append-only; nothing was changed.",
     "row-level security": "row-level security refused this; nothing was changed.",
-    "permission denied": "this role may not do that; run `filigrane keys migrate --service-role`.",
     "unable to open database file": "the file cannot be opened; check its path and permissions.",
     "not a database": "the file is not a database of SQLite.",
     "malformed": "the file is damaged; restore it from a backup.",
     "disk I/O error": "the disk does not answer as it should; nothing was changed.",
     "password authentication failed": "the role or its password is not accepted.",
     "no password supplied": "the role needs a password.",
-    "does not exist": "the database, role or table does not exist.",
-    "canceling statement": "it took longer than 60 s; nothing was changed.",
+    "no such table": f"{_STALE}.",
+    "no such column": f"{_STALE}.",
+    "has no column named": f"{_STALE}.",
+    "does not exist": "there is no such database or role.",
+    "permission denied": f"{_DENIED}.",
 }
 """What databases say -> what to tell. Their words may hold values, so only ours are passed on."""
 
+_STATES: Final = {
+    "42501": _DENIED,
+    "42P01": _STALE,
+    "42703": _STALE,
+    "42883": _STALE,
+    "3F000": _STALE,
+    "53100": _FULL,
+    "53300": "it has too many connections; try again later.",
+    "55P03": _BUSY,
+    "57014": "it took longer than 60 s; nothing was changed.",
+    "25006": "it is read-only; nothing was changed.",
+    "40001": "others changed the same at the same time; try again.",
+    "40P01": "others changed the same at the same time; try again.",
+    "58030": "its disk does not answer as it should; nothing was changed.",
+    "XX001": "it is damaged; restore it from a backup.",
+    "XX002": "it is damaged; restore it from a backup.",
+}
+"""SQLSTATE of PostgreSQL -> what to tell; where no stop ends it, the code is told, too."""
 
-def _reason(error: exc.SQLAlchemyError) -> str:
-    said = str(getattr(error, "orig", None) or error)
-    for phrase, meaning in _REASONS.items():
-        if phrase in said:
-            return meaning
+
+def _reason(error: exc.SQLAlchemyError, user: str | None) -> str:
     if isinstance(error, exc.TimeoutError):
         return "all connections have been busy for 10 s; try again."
-    if isinstance(error, exc.OperationalError | exc.InterfaceError):
-        return "it does not answer; nothing was changed. See whether it runs, then try again."
-    return f"it answered with {type(getattr(error, 'orig', None) or error).__name__}."
+    own = getattr(error, "orig", None) or error
+    said, kind = str(own), type(own).__name__
+    state = getattr(own, "sqlstate", None)
+    named = {
+        "role": "this role" if user is None else f"the role {user}",
+        "name": user or "ROLE",
+    }
+    if "row-level security" not in said and "append-only" not in said and state in _STATES:
+        meaning = _STATES[state].format(**named)
+        return meaning if meaning.endswith(".") else f"{meaning} ({kind}, {state})."
+    if state is None or state == "42501" or state[:2] not in ("08", "57"):
+        for phrase, meaning in _PHRASES.items():
+            if phrase in said:
+                return meaning.format(**named)
+    # Of what has a code, only lost connections and a server that is stopped heal by themselves.
+    code = state or getattr(own, "sqlite_errorname", None)
+    if code is None or code[:2] in ("08", "57"):
+        if isinstance(error, exc.OperationalError | exc.InterfaceError):
+            return "it does not answer; nothing was changed. See whether it runs, then try again."
+        return f"it refused, and trying again does not help ({kind})."
+    return f"it refused, and trying again does not help ({kind}, {code})."

@@ -177,12 +177,19 @@ class Log:
         """Write the log as JSON lines, as `audit.verify_log` reads it; how many records.
 
         First {"jwks": ...}, for convenience: it proves nothing; then records, each checkpoint after
-        the last record that it covers.
+        the last record that it covers. The last line is a checkpoint over all of it, signed now if
+        there was none; what is added meanwhile is left out. A log that was altered is not signed
+        and written as it is, for whoever looks into it: `check` raises then. Raises NotFound,
+        StoreError, KmsUnavailable.
         """
         write_line(out, {"jwks": self.jwks()})
+        try:
+            stop = self.checkpoint(tenant).size
+        except AuditError:
+            stop = None
         with self._database.reading(tenant) as connection:
             _require_tenant(connection, tenant)
-            return export(connection, tenant, out)
+            return export(connection, tenant, out, stop)
 
     def jwks(self) -> dict[str, Any]:
         """The public keys that checkpoints verify with, a JWK set (RFC 7517)."""
@@ -312,13 +319,13 @@ def rows(connection: Connection, tenant: str, start: int, stop: int | None) -> I
         at = found[-1].position + 1
 
 
-def export(connection: Connection, tenant: str, out: BinaryIO) -> int:
-    """Write records and checkpoints as JSON lines; how many records."""
+def export(connection: Connection, tenant: str, out: BinaryIO, stop: int | None = None) -> int:
+    """Write records, all or the first `stop`, and their checkpoints as JSON lines; how many."""
     points = collections.deque(_points(connection, tenant, 0))
     count = 0
     while points and points[0].size == 0:
         write_line(out, {"checkpoint": points.popleft().to_json()})
-    for row in rows(connection, tenant, 0, None):
+    for row in rows(connection, tenant, 0, stop):
         write_line(out, {"record": _record(row).to_json(), "hash": bytes(row.hash).hex()})
         count += 1
         while points and points[0].size == count:

@@ -13,6 +13,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 from filigrane.custody.hierarchy import KeySpec
 from filigrane.errors import NotFound
 from filigrane.service.auth import office_of, require
+from filigrane.service.problems import Problem
 from filigrane.service.routes.paging import After, IdempotencyKey, Limit, page
 from filigrane.store.records import KeyRecord, Principal, Role, VersionRecord
 
@@ -69,12 +70,17 @@ class _Body(BaseModel):
 
 
 class NewKey(_Body):
-    """A key to be made, for a model: with a scheme of filigrane's, or another tool's profile."""
+    """A key to be made, for a model: with a scheme of filigrane's, or another tool's profile.
+
+    tokenizer: the model's, by its name in the service's settings, or tokenizer_sha256: by its
+    fingerprint; not both. With neither, texts are read only while the settings have exactly one.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,27}$")
     model: str = Field(max_length=128)
     scheme: str | None = Field(None, max_length=256, examples=["gumbel"])
     profile: str | None = Field(None, max_length=256)
+    tokenizer: str | None = Field(None, min_length=1, max_length=256)
     tokenizer_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
     slots: int = Field(8, ge=1, le=64)
 
@@ -104,17 +110,22 @@ def create(
     body: NewKey, who: Admin, request: Request, idempotency_key: IdempotencyKey = None
 ) -> VersionBody:
     """Make a key: its version 1, pre-active, committed to in the audit log."""
+    office = office_of(request)
+    sha256 = body.tokenizer_sha256
+    if body.tokenizer is not None:
+        if sha256 is not None:
+            raise Problem(422, "tokenizer", "Send one of the two: tokenizer or tokenizer_sha256.")
+        sha256 = office.tokenizers.sha256(body.tokenizer)
     spec = KeySpec(
         tenant=who.tenant,
         name=body.name,
         model=body.model,
         scheme=body.scheme,
         profile=body.profile,
-        tokenizer_sha256=body.tokenizer_sha256,
+        tokenizer_sha256=sha256,
         slots=body.slots,
     )
-    keybook = office_of(request).keybook
-    return _version(keybook.create(spec, actor=who.name, request_id=idempotency_key))
+    return _version(office.keybook.create(spec, actor=who.name, request_id=idempotency_key))
 
 
 @router.get("/{name}")
