@@ -36,8 +36,7 @@ demo: $(DEMO) ## embed, detect and trace with a real model on this machine
 	@$(BIN)/filigrane demo $(DEMO_ARGS)
 
 serve: $(SERVE) ## the detection service and its web page, on SQLite and a root in a local file
-	@test -e $(SERVICE)/filigrane.toml || $(BIN)/filigrane serve --init $(SERVICE)
-	@$(BIN)/filigrane serve --config $(SERVICE)/filigrane.toml
+	@$(BIN)/filigrane serve --init $(SERVICE)
 
 study: $(DEV) ## radioactivity with a real model: Alice writes, Bob trains, Alice tests (an hour)
 	@$(BIN)/filigrane radioactivity study --out studies/smollm2 $(STUDY_ARGS)

@@ -537,7 +537,8 @@ def test_the_command_writes_serves_and_stops(tmp_path: Path) -> None:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        assert process.stdout.readline() == f"filigrane serves http://127.0.0.1:{port}\n"
+        line = process.stdout.readline()
+        assert line.startswith(f"filigrane serves http://127.0.0.1:{port} (Ctrl-C ")
         tokens = json.loads((folder / "tokens.json").read_text())
         headers = {"Authorization": f"Bearer {tokens['auditor']}"}
         who = httpx2.get(f"http://127.0.0.1:{port}/v1/whoami", headers=headers)

@@ -56,7 +56,8 @@ def serve(
         if not path.exists():
             Settings.initial(init, tenant)
             _say(f"wrote {path} and tokens.json beside it: a token for each role")
-    run(path, ready=lambda address: _say(f"filigrane serves {address}"))
+    again = "" if init is None else f"; later: filigrane serve --config {path}"
+    run(path, ready=lambda address: _say(f"filigrane serves {address} (Ctrl-C stops it{again})"))
 
 
 def _say(line: str) -> None:
