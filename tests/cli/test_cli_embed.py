@@ -109,11 +109,11 @@ def test_batches_do_not_share_their_randomness(run: Any, toy: Any) -> None:
 
 
 def test_why_a_text_ended(run: Any, toy: Any, monkeypatch: Any) -> None:
-    from conftest import ToyLM
+    from clikit import ToyLM
 
     for stop, reason in ((tuple(range(1000)), "stop"), ((), "length")):
         monkeypatch.setattr(ToyLM, "stop_ids", stop)
-        monkeypatch.setattr("conftest.ToyTokenizer.eos_token_id", None)
+        monkeypatch.setattr("clikit.ToyTokenizer.eos_token_id", None)
         made = run("embed", *KEY, *SHORT, "--prompt", "one", "--json").json
         assert (made["finish_reason"], len(made["tokens"])) == (reason, 1 if stop else 60)
 
@@ -218,7 +218,7 @@ def test_greedy_takes_a_green_list(run: Any, toy: Any) -> None:
 
 
 def test_generated_text_cannot_drive_the_terminal(run: Any, toy: Any, monkeypatch: Any) -> None:
-    from conftest import ToyTokenizer
+    from clikit import ToyTokenizer
 
     monkeypatch.setattr(ToyTokenizer, "decode", lambda self, ids, **o: "\x1b[2J\n" * len(ids))
     assert "\x1b" not in run("embed", *KEY, *SHORT, "--prompt", "one").out

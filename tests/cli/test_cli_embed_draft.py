@@ -18,8 +18,8 @@ ONE = ("--prompt", "tell me more")
 @pytest.fixture(autouse=True)
 def _endless(monkeypatch: Any) -> None:
     """Keys are fresh in every run, and no text is to be short by chance."""
-    monkeypatch.setattr("conftest.ToyLM.stop_ids", ())
-    monkeypatch.setattr("conftest.ToyTokenizer.eos_token_id", None)
+    monkeypatch.setattr("clikit.ToyLM.stop_ids", ())
+    monkeypatch.setattr("clikit.ToyTokenizer.eos_token_id", None)
 
 
 def rows(path: str) -> list[dict[str, Any]]:
@@ -94,7 +94,7 @@ def test_a_text_that_ends_inside_a_block(run: Any, toy: Any, monkeypatch: Any) -
     whole = run(*drafted, "--json").json["tokens"]
     # The first token that is not the first of its block, and has not come before.
     end = next(i for i, token in enumerate(whole) if i % 5 > 1 and token not in whole[:i])
-    monkeypatch.setattr("conftest.ToyLM.stop_ids", (whole[end],))
+    monkeypatch.setattr("clikit.ToyLM.stop_ids", (whole[end],))
     made = run(*drafted, "--json").json
     assert made["tokens"] == whole[: end + 1] and made["finish_reason"] == "stop"
     assert run(*drafted).out == made["text"] + "\n"

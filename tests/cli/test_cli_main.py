@@ -180,15 +180,15 @@ def test_output_that_nobody_reads(world: Any) -> None:
 def test_a_stream_that_nobody_reads(world: Any) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv.pop(1))\n"
-        "import pytest, conftest\n"
+        "import pytest, clikit\n"
         "patch = pytest.MonkeyPatch()\n"
-        "conftest.toy.__wrapped__(patch)\n"
+        "clikit.install_toy(patch)\n"
         "from filigrane.cli.main import main; main()"
     )
     embed = ("embed", "-m", "toy", "-s", "gumbel", "-k", "acme.key", "-p", "one")
     reading, writing = os.pipe()
     os.close(reading)
-    command = [PYTHON, "-c", code, str(Path(__file__).parent), *embed]
+    command = [PYTHON, "-c", code, str(Path(__file__).parents[1]), *embed]
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=300)
     os.close(writing)
     assert done.returncode == 141 and done.stderr == b""

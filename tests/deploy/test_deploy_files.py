@@ -312,10 +312,10 @@ def test_the_page_names_every_metric() -> None:
     known = {
         family.name + ("_total" if family.type == "counter" else "")
         for family in REGISTRY.collect()
-        if family.name.startswith("filigrane_")
+        if family.name.startswith("filigrane_service_")
     }
     page = (ROOT / "docs/deploying.md").read_text()
-    assert set(re.findall(r"`(filigrane_[a-z_]+)", page)) - {"filigrane_owner"} == known
+    assert set(re.findall(r"`(filigrane_service_[a-z_]+)", page)) == known
 
 
 def test_roles_get_tables_from_migrations_alone() -> None:

@@ -182,12 +182,11 @@ def test_metrics_have_few_labels(service: Service) -> None:
             client.request(f"X{number}", "/healthz")
         after = client.get("/metrics").text
     assert WORD not in after and "unknown-" not in after and TENANT not in after
-    series = [
-        set(re.findall(r"^filigrane_requests_total\{.*?\}", t, re.M)) for t in (before, after)
-    ]
+    line = re.compile(r"^filigrane_service_requests_total\{.*?\}", re.M)
+    series = [set(line.findall(text)) for text in (before, after)]
     assert len(series[1] - series[0]) <= 6
     assert 'route="/v1/keys/{name}"' in after and 'method="other"' in after
-    for name in ("filigrane_request_seconds_bucket", "filigrane_component_up"):
+    for name in ("filigrane_service_request_seconds_bucket", "filigrane_service_component_up"):
         assert name in after
 
 

@@ -42,30 +42,30 @@ FIELDS: Final = frozenset(
 """The names that a log line or a span may carry."""
 
 REQUESTS: Final = prometheus_client.Counter(
-    "filigrane_requests", "Requests answered.", ("route", "method", "status")
+    "filigrane_service_requests", "Requests answered.", ("route", "method", "status")
 )
 SECONDS: Final = prometheus_client.Histogram(
-    "filigrane_request_seconds",
+    "filigrane_service_request_seconds",
     "Time from a request's arrival to the end of its answer.",
     ("route",),
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
 )
 DETECTIONS: Final = prometheus_client.Counter(
-    "filigrane_detections", "Texts tested, by tier and what was found.", ("tier", "verdict")
+    "filigrane_service_detections", "Texts tested, by tier and what was found.", ("tier", "verdict")
 )
 KEYS_READ: Final = prometheus_client.Histogram(
-    "filigrane_keys_per_query",
+    "filigrane_service_keys_per_query",
     "Keys that a query was tested under.",
     buckets=(1, 2, 5, 10, 20, 50, 100, 1000),
 )
 FAULTS: Final = prometheus_client.Counter(
-    "filigrane_faults", "Errors behind an answer of 500 or above, by class.", ("error",)
+    "filigrane_service_faults", "Errors behind an answer of 500 or above, by class.", ("error",)
 )
 JOB_ITEMS: Final = prometheus_client.Counter(
-    "filigrane_job_items", "Items of jobs, by what became of them.", ("outcome",)
+    "filigrane_service_job_items", "Items of jobs, by what became of them.", ("outcome",)
 )
 COMPONENT_UP: Final = prometheus_client.Gauge(
-    "filigrane_component_up",
+    "filigrane_service_component_up",
     "Whether a component answered when it was last asked (1) or not (0).",
     ("component",),
     multiprocess_mode="mostrecent",
