@@ -74,8 +74,9 @@ def test_scans_are_the_reference_for_every_scheme_and_width():
             out = np.empty(3)
             over_keys(np.ascontiguousarray(keys.T), *rest, out)
             np.testing.assert_allclose(out, wanted, rtol=1e-12)
-            single = [over_positions(key, *rest) for key in keys]
-            np.testing.assert_allclose(single, wanted, rtol=1e-12)
+            out[:] = np.nan
+            over_positions(keys, *rest, out)
+            np.testing.assert_allclose(out, wanted, rtol=1e-12)
 
 
 # --- the field ---------------------------------------------------------------------------------

@@ -132,8 +132,9 @@ def test_statistic_table_is_the_score(scheme: Scheme) -> None:
         out = np.empty(270)
         over_keys(np.ascontiguousarray(keys.T), *rest, out)
         np.testing.assert_allclose(out, expected, rtol=1e-13)
-        for key, value in zip(keys[:5], expected, strict=False):
-            assert over_positions(key, *rest) == pytest.approx(value, rel=1e-13)
+        out[:] = np.nan
+        over_positions(keys[:5], *rest, out[:5])
+        np.testing.assert_allclose(out[:5], expected[:5], rtol=1e-13)
 
 
 def test_expected_gumbel_signal() -> None:

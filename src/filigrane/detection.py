@@ -63,20 +63,20 @@ def totals(evidence: Evidence, keys: npt.NDArray[np.uint32], scheme: Scheme) -> 
     from filigrane.kernels.scan import over_positions
 
     kind, threshold, table = scheme.statistic
-    return [
-        float(
-            over_positions(
-                words,
-                evidence.ids,
-                evidence.positions,
-                evidence.width,
-                kind,
-                np.uint32(threshold),
-                table,
-            )
-        )
-        for words in keys
-    ]
+    out = np.empty(keys.shape[0])
+    over_positions(
+        # Numba knows ndarray by heart and has to look up what a subclass is, each time anew.
+        keys.view(np.ndarray),
+        evidence.ids,
+        evidence.positions,
+        evidence.width,
+        kind,
+        np.uint32(threshold),
+        table,
+        out,
+    )
+    sums: list[float] = out.tolist()
+    return sums
 
 
 def detect(

@@ -180,17 +180,16 @@ def _scores(evidence: Evidence, key: MarkingKey, scheme: Scheme) -> Floats:
     kind, threshold, table = scheme.statistic
     words = key.prf_keys(scheme.label)
     scores = np.empty((words.shape[0], evidence.n_scored))
-    for slot, row in zip(words, scores, strict=True):
-        each_position(
-            slot,
-            evidence.ids,
-            evidence.positions,
-            evidence.width,
-            kind,
-            np.uint32(threshold),
-            table,
-            row,
-        )
+    each_position(
+        words,
+        evidence.ids,
+        evidence.positions,
+        evidence.width,
+        kind,
+        np.uint32(threshold),
+        table,
+        scores,
+    )
     return scores
 
 

@@ -189,13 +189,18 @@ def _walk(key_words, ids, positions, width, kind, threshold, table, out):
 
 
 @njit(nogil=True, cache=True)
-def over_positions(key_words, ids, positions, width, kind, threshold, table):
-    """Statistic of one text under one key: key_words (8,) uint32, the rest as in `over_keys`."""
+def over_positions(keys, ids, positions, width, kind, threshold, table, out):
+    """Statistic of one text under some keys, such as the slots of one.
+
+    keys: (k, 8) uint32; out: (k,) float64; the rest as in `over_keys`.
+    """
     none = np.empty(0, np.float64)
-    return _walk(key_words, ids, positions, width, kind, threshold, table, none)
+    for k in range(keys.shape[0]):
+        out[k] = _walk(keys[k], ids, positions, width, kind, threshold, table, none)
 
 
 @njit(nogil=True, cache=True)
-def each_position(key_words, ids, positions, width, kind, threshold, table, out):
-    """What `over_positions` adds up, one score per position: out (n_scored,) float64."""
-    _walk(key_words, ids, positions, width, kind, threshold, table, out)
+def each_position(keys, ids, positions, width, kind, threshold, table, out):
+    """What `over_positions` adds up, one score per position: out (k, n_scored) float64."""
+    for k in range(keys.shape[0]):
+        _walk(keys[k], ids, positions, width, kind, threshold, table, out[k])
