@@ -2,9 +2,9 @@
 
     python benchmarks/service/load.py --out benchmarks/service/load.json [--seconds 20] [--quick]
 
-Starts the real service (as `filigrane serve` does) on the loopback with one worker, SQLite and
-a local root, makes keys over HTTP, and sends requests from a process of its own: plain sockets, one
-request at a time on each of some connections, every answer read to its end and checked.
+Starts the real service (as `filigrane serve` does) on the loopback with so many `--workers`, SQLite
+and a local root, makes keys over HTTP, and sends requests from a process of its own: plain sockets,
+one request at a time on each of some connections, every answer read to its end and checked.
 
 Two ways of asking, because each hides what the other shows:
 
@@ -60,7 +60,9 @@ class Case:
 
 
 @contextlib.contextmanager
-def service(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int, dict[str, str]]]:
+def service(
+    folder: Path, workers: int
+) -> Iterator[tuple[subprocess.Popen[bytes], int, dict[str, str]]]:
     """The service as a process group, its port, and tokens by role."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -72,6 +74,7 @@ def service(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int, dict[s
     config.write_text(
         config.read_text()
         .replace("port = 8470", f"port = {port}")
+        .replace("workers = 1", f"workers = {workers}")
         # The budgets of the public tier are what `oracle.py` measures; here they would end the run.
         .replace(
             'tenant = "demo"',
@@ -413,12 +416,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/service/load.json"))
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--memory-seconds", type=float, default=120.0)
+    parser.add_argument("--workers", type=int, default=2, help="processes that answer")
     parser.add_argument("--quick", action="store_true", help="shows that it runs, no more")
     given = parser.parse_args()
     seconds = 2.0 if given.quick else given.seconds
     began, load_before = time.time(), os.getloadavg()
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder, service(Path(folder)) as (process, port, tokens):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        service(Path(folder), given.workers) as (process, port, tokens),
+    ):
         admin = tokens["key-admin"]
         # The public tier says "no mark" of a text only if it could read it under every key.
         for name, model, slots in (
@@ -463,6 +470,7 @@ def main() -> None:
         "made_by": "benchmarks/service/load.py",
         "at": datetime.datetime.fromtimestamp(began, datetime.UTC).isoformat(timespec="seconds"),
         "quick": given.quick,
+        "workers": given.workers,
         "machine": {
             "processor": processor(),
             "processors": os.cpu_count(),
@@ -508,8 +516,8 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"Made by `{result['made_by']}` on {result['at'][:10]}; client and service share "
         f"{machine['processors']} processors ({machine['processor']}), load average "
-        f"{machine['load_before'][0]} before and {machine['load_after'][0]} after. One worker, "
-        "SQLite, local root, plain HTTP on the loopback.",
+        f"{machine['load_before'][0]} before and {machine['load_after'][0]} after. Processes "
+        f"that answer: {result['workers']}. SQLite, local root, plain HTTP on the loopback.",
         "",
         "| request | mode | connections | answers/s | p50 ms | p99 ms | max ms | CPU ms each | "
         "not 200 |",
