@@ -3,6 +3,7 @@
 #   make PYTHON=python3.12 test           another interpreter (3.11 or newer)
 #   make PIP_ARGS="--find-links DIR" demo more arguments for pip: a mirror, a folder of wheels, ...
 #   make VENV=../env check                another place for the environment
+#   make TEST_JOBS=8 test                 test files side by side (0: one after the other)
 
 PYTHON   ?= python3
 VENV     ?= .venv
@@ -10,10 +11,13 @@ PIP_ARGS ?=
 DEMO_ARGS ?=
 STUDY_ARGS ?=
 TEST_ARGS ?=
+TEST_JOBS ?= 2
 
 BIN     := $(VENV)/bin
 PY      := $(BIN)/python
 INSTALL  = $(PY) -m pip -qq --disable-pip-version-check install -c constraints.txt $(PIP_ARGS)
+# Files stay together: their tests share servers. A real model takes all processors by itself.
+SPREAD   = -n $(TEST_JOBS) --dist loadfile
 # One stamp for each set of dependencies, remade when what it was made from changes.
 LINT    := $(VENV)/.filigrane-lint
 DEMO    := $(VENV)/.filigrane-demo
@@ -43,9 +47,9 @@ study: $(DEV) ## radioactivity with a real model: Alice writes, Bob trains, Alic
 
 test: $(DEV) $(SYSTEM) ## the core tests, the slow ones, then those that load a real model
 	@echo "== core tests"
-	@$(PY) -m pytest -m "not slow and not model and not gpu and not vllm and not triton" $(TEST_ARGS)
+	@$(PY) -m pytest $(SPREAD) -m "not slow and not model and not gpu and not vllm and not triton" $(TEST_ARGS)
 	@echo "== slow tests"
-	@$(PY) -m pytest -m "slow and not model and not gpu and not vllm and not triton" $(TEST_ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest $(SPREAD) -m "slow and not model and not gpu and not vllm and not triton" $(TEST_ARGS)
 	@echo "== tests with a real model"
 	@$(PY) -m pytest -m "model and not gpu and not vllm and not triton" $(TEST_ARGS)
 

@@ -273,6 +273,28 @@ def problem(answer: httpx2.Response, status: int, code: str | None = None) -> di
     return body
 
 
+def job_done(client: httpx2.Client, job: str, *, patience: float = PATIENCE) -> dict[str, Any]:
+    """What a job says once it waits no longer."""
+    until = time.monotonic() + patience
+    while True:
+        body: dict[str, Any] = client.get(f"/v1/jobs/{job}").json()
+        if body["state"] not in ("waiting", "running"):
+            return body
+        assert time.monotonic() < until, body
+        time.sleep(0.05)
+
+
+def job_results(client: httpx2.Client, job: str, limit: int = 100) -> list[dict[str, Any]]:
+    """Every result of a job, page after page."""
+    found: list[dict[str, Any]] = []
+    start: int | None = 0
+    while start is not None:
+        page = client.get(f"/v1/jobs/{job}/results", params={"start": start, "limit": limit})
+        found += page.json()["results"]
+        start = page.json()["next"]
+    return found
+
+
 @contextmanager
 def _environment(env: Mapping[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in env}

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 import pgkit
 from filigrane import Sampling, embed, from_tag
-from filigrane.custody.audit import LogReport, read_lines, verify_log
 from filigrane.custody.hierarchy import KeySpec
+from filigrane.custody.verification import LogReport, read_lines, verify_log
 from filigrane.foreign import ForeignKey
 from filigrane.foreign import from_tag as profile_from_tag
 from filigrane.foreign.writing import write

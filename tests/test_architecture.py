@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "filigrane"
 # Low to high. A module may import from floors below its own, and from its own floor if it is listed
 # later there; names are prefixes of module paths.
 FLOORS = [
-    ["errors"],
+    ["errors", "private_files"],
     ["stats", "prf", "contexts"],
     ["kernels"],
     ["keys"],
@@ -138,6 +138,18 @@ def test_import_is_light() -> None:
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert not forbidden & set(done.stdout.split())
+
+
+def test_test_files_stand_alone() -> None:
+    """What several of them need is in a kit: imported, a test file would be collected twice."""
+    tests = Path(__file__).parent
+    wrong = [
+        f"{path.relative_to(tests)}:{line}: {target} is no kit"
+        for path in sorted(tests.rglob("*.py"))
+        for target, line, _ in imports(path)
+        if any(part == "conftest" or part.startswith("test_") for part in target.split("."))
+    ]
+    assert wrong == []
 
 
 def test_no_open_keywords_and_no_print() -> None:

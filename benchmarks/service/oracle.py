@@ -36,10 +36,11 @@ import numpy as np
 from filigrane import __version__
 from filigrane.custody.hierarchy import KeySpec
 from filigrane.embedding import embed
+from filigrane.errors import BudgetSpent
 from filigrane.keys import Key
 from filigrane.schemes import from_tag
 from filigrane.service.detecting import Query
-from filigrane.service.public import BudgetSpent, PublicLimits, PublicTier
+from filigrane.service.public import PublicLimits, PublicTier
 from filigrane.toy import ZipfModel
 
 Ids = list[int]

@@ -19,7 +19,14 @@
     ├── NotReady               marks made here are not the ones everybody else makes
     ├── KmsError               a key management system refuses, or answers nonsense
     │   └── KmsUnavailable     it does not answer at all; trying again later may help
-    ├── StoreError             a database cannot be used: another schema, read-only, no room
+    ├── StoreError             a database cannot be used as it is
+    │   ├── StoreUnavailable   it does not answer, or is too busy; trying again later may help
+    │   ├── StoreVersionError  its tables are of another version of filigrane, or there are none
+    │   ├── StoreFull          there is no room left on its disk
+    │   ├── StoreReadOnly      it can be read, and takes no changes
+    │   └── StoreDamaged       what it holds was damaged or altered
+    ├── Busy                   too much of the same is under way; trying again soon may help
+    ├── BudgetSpent            somebody asked more often, or for more, than is allowed
     ├── StateError             a key, job or approval is not in a state that allows this
     ├── NotFound               there is no such tenant, key, job or token here
     ├── AlreadyExists          this name or number is taken
@@ -118,6 +125,42 @@ class KmsUnavailable(KmsError):
 
 class StoreError(FiligraneError, OSError):
     """A database cannot be used as it is; nothing was changed."""
+
+
+class StoreUnavailable(StoreError):
+    """A database does not answer, or not in time; nothing was changed, try again later."""
+
+
+class StoreVersionError(StoreError):
+    """A database has the tables of another version of filigrane, or none; nothing was changed."""
+
+
+class StoreFull(StoreError):
+    """There is no room left for a database; nothing was changed, reading goes on."""
+
+
+class StoreReadOnly(StoreError):
+    """A database takes no changes at present; nothing was changed, reading goes on."""
+
+
+class StoreDamaged(StoreError):
+    """What a database holds was damaged, altered or moved; nothing was done with it."""
+
+
+class Busy(FiligraneError, RuntimeError):
+    """As much of this as may be under way is; nothing was done, try again in a moment."""
+
+
+class BudgetSpent(FiligraneError, RuntimeError):
+    """Somebody asked more often, or for more, than is allowed; nothing was done.
+
+    reason: which limit, one word; retry_after_s: when asking again makes sense.
+    """
+
+    def __init__(self, message: str, *, reason: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_after_s = retry_after_s
 
 
 class StateError(FiligraneError, ValueError):

@@ -36,6 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from filigrane.errors import KeyFormatError, SchemeError, SecretLeakError
+from filigrane.private_files import new_file, open_to_others, why_not
 
 __all__ = ["Key", "MarkingKey", "UserKey", "UserKeys"]
 
@@ -263,9 +264,11 @@ class Key(MarkingKey):
             "and forge\n"
             f"{self.export_text()}\n"
         )
-        problem = _write_file(path, text)
-        if problem is not None:
-            raise KeyFormatError(f"{os.fspath(path)}: {problem}")
+        try:
+            with new_file(path) as out:
+                out.write(text.reveal().encode("utf-8"))
+        except OSError as error:
+            raise KeyFormatError(f"{os.fspath(path)}: {why_not(error)}") from None
 
     @property
     def name(self) -> str:
@@ -661,12 +664,9 @@ def _read_file(path: str | os.PathLike[str]) -> _Secret[str] | str:
             return "this is a directory; give the path of a key file"
         if not (stat.S_ISREG(about.st_mode) or stat.S_ISFIFO(about.st_mode)):
             return "this is a device, not a file; give the path of a key file"
-        if os.name == "posix" and _open_to_others(about):
-            return (
-                f"others may use this file (mode {stat.S_IMODE(about.st_mode):04o}); make it "
-                f"yours alone with: chmod 600 {os.fsdecode(path)}; "
-                "and if somebody may have read it, make a new key"
-            )
+        exposed = open_to_others(path, about)
+        if exposed is not None:
+            return f"{exposed}; and if somebody may have read it, make a new key"
         with open(file, "rb", closefd=False) as stream:
             data = _Secret(stream.read(_MAX_FILE_BYTES + 1))
     except OSError as error:
@@ -683,38 +683,3 @@ def _read_file(path: str | os.PathLike[str]) -> _Secret[str] | str:
     if text is None or "\0" in text.reveal():
         return "this is not a text file (UTF-8); give the path of a file that save wrote"
     return text
-
-
-def _open_to_others(about: os.stat_result) -> bool:
-    """Whether anyone but the owner may use a file.
-
-    Orchestrators mount secrets as files of root that the process's group may read (mode 0440): to
-    read those is what the group is for. A group never counts as oneself otherwise.
-    """
-    if about.st_mode & 0o037:
-        return True
-    mounted = about.st_uid == 0 and os.geteuid() != 0
-    return bool(about.st_mode & 0o040) and not mounted
-
-
-def _write_file(path: str | os.PathLike[str], text: _Secret[str]) -> str | None:
-    """Write a new file of mode 0600; returns what went wrong, if anything did."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    try:
-        file = os.open(path, flags, 0o600)
-    except FileExistsError:
-        return "this file exists and a key file is never overwritten; move it away or use another"
-    except FileNotFoundError:
-        return "the directory of this file does not exist; make it first"
-    except OSError as error:
-        return f"this file cannot be made ({error.strerror}); check the directory's permissions"
-    try:
-        with open(file, "wb") as stream:
-            stream.write(text.reveal().encode("utf-8"))
-            stream.flush()
-            os.fsync(file)  # text marked with a key that a crash loses can never be told again
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(path)  # half a key
-        return f"this file cannot be written ({error.strerror}); make room and save again"
-    return None

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import filigrane as fg
+from filigrane.keys import MAX_SLOTS
 
 DETECT = ("detect", "--scheme", "gumbel", "root.jsonl")
 
@@ -45,6 +46,13 @@ def test_keygen_json(run: Any) -> None:
         "fingerprint": key.fingerprint,
         "file": "new.key",
     }
+
+
+def test_slots_end_where_keys_end(run: Any) -> None:
+    most = run("keygen", "most", "--slots", str(MAX_SLOTS), "--out", "most.key", "--json")
+    assert most.json["slots"] == MAX_SLOTS
+    assert run("keygen", "more", "--slots", str(MAX_SLOTS + 1), "--out", "more.key").code == 2
+    assert not Path("more.key").exists()
 
 
 def test_keygen_prints_the_secret_only_when_told(run: Any) -> None:

@@ -18,25 +18,20 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from filigrane.custody.audit import (
+from filigrane.custody.chain import Record, canonical, genesis, link, timestamp
+from filigrane.custody.checkpoints import (
     SIGN_LOG,
     SIGN_RECEIPT,
     Checkpoint,
-    Record,
     Signer,
-    canonical,
     checkpoint,
-    genesis,
-    link,
     note,
-    read_lines,
     sign_checkpoint,
     signer,
-    timestamp,
     verify_checkpoint,
-    verify_log,
 )
 from filigrane.custody.merkle import Tree, verify_consistency
+from filigrane.custody.verification import read_lines, verify_log
 from filigrane.errors import AuditError, KeyFormatError, SecretLeakError
 from filigrane.keys import _Secret
 

@@ -105,7 +105,7 @@ def test_roles_with_more_rights_are_refused(site: Site) -> None:
 def ready(site: Site) -> dict[str, Any]:
     """Start the service; what /readyz says once it is green."""
     site.service.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while True:
         answer = httpx2.get(f"{site.service.url}/readyz", timeout=20)
         if answer.status_code == 200 or time.monotonic() > deadline:

@@ -7,12 +7,11 @@ from typing import Any
 
 import boto3
 import pytest
-from test_kms_transit import Answer, as_json, serving
 
 import kmskit
 from filigrane.errors import KmsError, KmsUnavailable
 from filigrane.keys import _Secret
-from filigrane.kms.aws import AwsRoot
+from filigrane.kms.aws import AwsPlace, AwsRoot
 from filigrane.kms.opening import create_kms, open_kms
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "kms.md"
@@ -68,6 +67,47 @@ def test_a_rotation_that_died_between_its_keys_is_finished(aws: kmskit.Aws) -> N
     assert kms.rotate() == 2
     blob = kms.wrap(_Secret(b"data"), b"context")
     assert kms.unwrap(blob, b"context").reveal() == b"data"
+
+
+def test_a_version_is_there_only_when_both_its_keys_are(
+    aws: kmskit.Aws, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, kms = aws.fresh()
+    add, made = AwsRoot._add_key, list[str]()
+
+    def dying(self: AwsRoot, alias: str, usage: str, kind: str, version: int) -> None:
+        if made:
+            raise KmsUnavailable("gone")
+        made.append(alias)
+        add(self, alias, usage, kind, version)
+
+    monkeypatch.setattr(AwsRoot, "_add_key", dying)
+    with pytest.raises(KmsUnavailable):
+        kms.rotate()
+    assert len(made) == 1 and kms.versions() == (1,)
+    blob = kms.wrap(_Secret(b"data"), b"context")
+    assert kms.unwrap(blob, b"context").reveal() == b"data"
+
+
+@pytest.mark.usefixtures("aws")
+def test_a_key_whose_answer_is_lost_is_not_made_twice() -> None:
+    asked: list[str] = []
+    listed = {"Aliases": [{"AliasName": "alias/filigrane/mac/1", "TargetKeyId": "k"}]}
+
+    def answer(method: str, path: str) -> kmskit.Answer:
+        asked.append(seen[-1]["X-Amz-Target"].rpartition(".")[2])
+        if asked[-1] == "ListAliases":
+            return kmskit.as_json(200, listed | {"Truncated": False})
+        raise ConnectionError("gone")
+
+    with kmskit.serving(answer) as (address, seen):
+        kms = AwsRoot.open(AwsPlace(region="eu-central-1", endpoint=address, timeout_s=2))
+        for call in (kms.rotate, lambda: kms.mac(1, b"m")):
+            with pytest.raises(KmsUnavailable):
+                call()
+        kms.close()
+    assert asked.count("CreateKey") == 1
+    assert asked.count("GenerateMac") == 2, "what changes nothing is asked for again"
 
 
 def test_many_aliases_of_others(aws: kmskit.Aws) -> None:
@@ -131,10 +171,10 @@ def test_the_documented_permissions_are_enough(
 def test_what_a_refusal_means(code: str, unavailable: bool) -> None:
     said = {"__type": code, "message": "arn:aws:kms:eu-central-1:123456789012:key/canary"}
     with (
-        serving(lambda *_: as_json(400, said)) as (address, _),
+        kmskit.serving(lambda *_: kmskit.as_json(400, said)) as (address, _),
         pytest.raises(KmsError) as caught,
     ):
-        AwsRoot.open(region="eu-central-1", endpoint=address, timeout_s=2)
+        AwsRoot.open(AwsPlace(region="eu-central-1", endpoint=address, timeout_s=2))
     assert isinstance(caught.value, KmsUnavailable) is unavailable
     assert "canary" not in str(caught.value) and "123456789012" not in str(caught.value)
 
@@ -145,11 +185,11 @@ def test_answers_that_are_nonsense() -> None:
         "Aliases": [{"AliasName": "alias/filigrane/mac/1", "TargetKeyId": "k"}],
         "Truncated": False,
     }
-    said: list[Answer] = [as_json(200, listed)]
-    with serving(lambda *_: said[0]) as (address, _):
-        kms = AwsRoot.open(region="eu-central-1", endpoint=address, timeout_s=2)
+    said: list[kmskit.Answer] = [kmskit.as_json(200, listed)]
+    with kmskit.serving(lambda *_: said[0]) as (address, _):
+        kms = AwsRoot.open(AwsPlace(region="eu-central-1", endpoint=address, timeout_s=2))
         for more in ({}, {"Mac": "AAAA"}, {"CiphertextBlob": ""}, {"Plaintext": None}):
-            said[0] = as_json(200, listed | more)
+            said[0] = kmskit.as_json(200, listed | more)
             with pytest.raises(KmsError):
                 kms.mac(1, b"m")
             with pytest.raises(KmsError):
@@ -168,13 +208,13 @@ def test_settings_that_the_sdk_does_not_take(
 ) -> None:
     endpoint = aws.settings["endpoint"]
     with pytest.raises(KmsError, match="profile"):
-        AwsRoot.open(region="eu-central-1", profile="none", endpoint=endpoint)
+        AwsRoot.open(AwsPlace(region="eu-central-1", profile="none", endpoint=endpoint))
     monkeypatch.delenv("AWS_DEFAULT_REGION", raising=False)
     with pytest.raises(KmsError, match="region"):
-        AwsRoot.open(endpoint=endpoint)
+        AwsRoot.open(AwsPlace(endpoint=endpoint))
     with pytest.raises(KmsError, match="aws first"):
-        AwsRoot.open(prefix="aws/x", region="eu-central-1", endpoint=endpoint)
+        AwsRoot.open(AwsPlace(prefix="aws/x", region="eu-central-1", endpoint=endpoint))
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(KmsError, match="credentials"):
-        AwsRoot.open(region="eu-central-1", endpoint=endpoint, timeout_s=1)
+        AwsRoot.open(AwsPlace(region="eu-central-1", endpoint=endpoint, timeout_s=1))

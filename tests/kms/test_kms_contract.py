@@ -147,9 +147,12 @@ def test_sizes_that_are_refused(system: kmskit.System, size: int) -> None:
         system.kms.mac(1, bytes(size))
     with pytest.raises(KmsError, match="4096"):
         system.kms.wrap(_Secret(bytes(size)), CONTEXT)
+    blob = system.kms.wrap(_Secret(b"data"), CONTEXT)
     for context in (b"", bytes(MAX_CONTEXT + 1)):
-        with pytest.raises(KmsError, match="context"):
+        with pytest.raises(KmsError, match="a context has"):
             system.kms.wrap(_Secret(b"data"), context)
+        with pytest.raises(KmsError, match="a context has"):
+            system.kms.unwrap(blob, context)
 
 
 def test_a_system_that_is_gone_is_unavailable_and_comes_back(system: kmskit.System) -> None:
@@ -161,7 +164,7 @@ def test_a_system_that_is_gone_is_unavailable_and_comes_back(system: kmskit.Syst
             start = time.monotonic()
             with pytest.raises(KmsUnavailable):
                 call()
-            assert time.monotonic() - start < float(kmskit.TIMEOUT_S[system.provider]) + 1
+            assert time.monotonic() - start < float(kmskit.TIMEOUT_S[system.provider]) + 5
         with pytest.raises(KmsUnavailable):
             system.again()
     assert recovered(system.kms) == before
@@ -178,7 +181,7 @@ def test_a_system_that_hangs_is_unavailable_in_time(system: kmskit.System) -> No
             start = time.monotonic()
             with pytest.raises(KmsUnavailable):
                 call()
-            assert time.monotonic() - start < float(kmskit.TIMEOUT_S[system.provider]) + 1
+            assert time.monotonic() - start < float(kmskit.TIMEOUT_S[system.provider]) + 5
     assert recovered(system.kms) == before
     assert system.kms.unwrap(blob, CONTEXT).reveal() == b"data"
 

@@ -176,5 +176,5 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
         opened(tmp_path / "none")
     with pytest.raises(KmsUnavailable):
         opened(tmp_path)
-    with pytest.raises(KmsError, match="cannot be made"):
+    with pytest.raises(KmsError, match="directory of this file does not exist"):
         LocalRoot.create(tmp_path / "none" / "root", _Secret(PASSPHRASE))

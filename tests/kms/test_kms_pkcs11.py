@@ -14,6 +14,7 @@ import kmskit
 from filigrane.errors import KmsError, KmsUnavailable
 from filigrane.keys import _Secret
 from filigrane.kms.opening import create_kms, open_kms
+from filigrane.kms.pkcs11 import Pkcs11Root
 
 
 def keys(system: kmskit.System, label: str) -> list[Any]:
@@ -54,7 +55,12 @@ def test_keys_are_made_in_the_token_and_stay_there(pkcs11_token: kmskit.Pkcs11) 
     assert found[f"{label}-mac-1"].key_length == 256
 
 
-def test_a_root_that_could_be_read_out_is_refused(pkcs11_token: kmskit.Pkcs11) -> None:
+@pytest.mark.parametrize(
+    ("sensitive", "extractable"), [(False, True), (True, True), (False, False)]
+)
+def test_a_root_that_could_be_read_out_is_refused(
+    pkcs11_token: kmskit.Pkcs11, sensitive: bool, extractable: bool
+) -> None:
     settings, kms = pkcs11_token.fresh()
     token = pkcs11.lib(settings["module"]).get_token(token_label="tests")
     with token.open(rw=True) as session:
@@ -64,7 +70,7 @@ def test_a_root_that_could_be_read_out_is_refused(pkcs11_token: kmskit.Pkcs11) -
             label=f"{settings['label']}-mac-2",
             store=True,
             capabilities=MechanismFlag.SIGN,
-            template={Attribute.SENSITIVE: False, Attribute.EXTRACTABLE: True},
+            template={Attribute.SENSITIVE: sensitive, Attribute.EXTRACTABLE: extractable},
         )
         session.generate_key(KeyType.AES, 256, label=f"{settings['label']}-wrap-2", store=True)
     with pytest.raises(KmsError, match="read out"):
@@ -128,12 +134,46 @@ def test_closing_one_root_leaves_the_others(pkcs11_token: kmskit.Pkcs11) -> None
     assert len(second.mac(1, b"m").reveal()) == 32
 
 
+def test_who_closes_the_last_root_logs_out(pkcs11_token: kmskit.Pkcs11) -> None:
+    code = (
+        "from filigrane.kms import pkcs11_module as ours\n"
+        "first, second = open_kms(settings), open_kms(settings)\n"
+        "(module,) = ours._modules.values()\n"
+        "for root in (first, second):\n"
+        "    print('tests' in module.tokens)\n"
+        "    root.close()\n"
+        "print('tests' in module.tokens)\n"
+    )
+    done = child(pkcs11_token.settings, code)
+    assert done.stdout.split() == ["True", "True", "False"], done.stderr
+
+
+def test_a_token_that_computes_something_else(
+    pkcs11_token: kmskit.Pkcs11, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some modules draw the nonce themselves and put it in front, or cut MACs."""
+
+    class Odd:
+        def encrypt(self, data: bytes, mechanism: object, mechanism_param: object) -> bytes:
+            return bytes(12 + len(data) + 16)
+
+        def sign(self, data: bytes, mechanism: object) -> bytes:
+            return bytes(20)
+
+    kms = pkcs11_token.again()
+    monkeypatch.setattr(Pkcs11Root, "_key", lambda *_: Odd())
+    with pytest.raises(KmsError, match="as AES-GCM does"):
+        kms.wrap(_Secret(b"data"), b"context")
+    with pytest.raises(KmsError, match="no MAC of 32 bytes"):
+        kms.mac(1, b"m")
+
+
 def test_logged_out_by_somebody_else(pkcs11_token: kmskit.Pkcs11) -> None:
     kms = pkcs11_token.again()
     before = kms.mac(1, b"m").reveal()
     token = pkcs11.lib(pkcs11_token.settings["module"]).get_token(token_label="tests")
     # Sessions share their login: closing one that has it logs all of them out.
-    from filigrane.kms import pkcs11 as ours
+    from filigrane.kms import pkcs11_module as ours
 
     opened = ours._modules[pkcs11_token.settings["module"]].tokens["tests"]
     opened.session.close()
@@ -182,7 +222,7 @@ def test_a_process_ends_though_a_call_is_stuck(pkcs11_token: kmskit.Pkcs11) -> N
     pkcs11_token.hang()
     try:
         start = time.monotonic()
-        said, _ = process.communicate("go\n", timeout=30)
+        said, _ = process.communicate("go\n", timeout=60)
         assert said == "KmsUnavailable\n" and time.monotonic() - start < 10
     finally:
         process.kill()

@@ -1,14 +1,8 @@
 """OpenBao: the documented policy, tokens that change, keys that will not do, servers that lie."""
 
 import base64
-import json
 import re
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,49 +10,13 @@ import kmskit
 from filigrane.errors import KmsError, KmsUnavailable
 from filigrane.keys import _Secret
 from filigrane.kms.opening import create_kms, open_kms
-from filigrane.kms.transit import TransitRoot
+from filigrane.kms.transit import TransitPlace, TransitRoot
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "kms.md"
-
-Answer = tuple[int, dict[str, str], bytes]
-
-
-@contextmanager
-def serving(answer: Callable[[str, str], Answer]) -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """A server that says what it is told to; yields its address and the headers it saw."""
-    seen: list[dict[str, str]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            seen.append(dict(self.headers))
-            status, headers, body = answer(self.command, self.path)
-            self.send_response(status)
-            for name, value in ({"Content-Length": str(len(body))} | headers).items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-        do_POST = do_PUT = do_GET
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", seen
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def token() -> _Secret[str]:
     return _Secret("s.canary-token")
-
-
-def as_json(status: int, value: object) -> Answer:
-    return status, {"Content-Type": "application/json"}, json.dumps(value).encode()
 
 
 ABOUT = {"type": "aes256-gcm96", "keys": {"1": 1}, "exportable": False, "derived": False}
@@ -107,6 +65,7 @@ def test_a_token_that_an_agent_renewed(transit: kmskit.Transit) -> None:
     [
         ({"exportable": True}, "read out"),
         ({"allow_plaintext_backup": True, "exportable": True}, "read out"),
+        ({"allow_plaintext_backup": True}, "read out"),
         ({"derived": True}, "another kind"),
         ({"type": "ed25519"}, "another kind"),
         ({"type": "hmac", "key_size": 32}, "another kind"),
@@ -160,23 +119,59 @@ def test_versions_that_an_administrator_retired(transit: kmskit.Transit) -> None
 
 
 def test_a_redirect_does_not_get_the_token() -> None:
-    with serving(lambda *_: as_json(200, {"data": ABOUT})) as (elsewhere, stolen):
+    with kmskit.serving(lambda *_: kmskit.as_json(200, {"data": ABOUT})) as (elsewhere, stolen):
         away = {"Location": f"{elsewhere}/v1/transit/keys/filigrane"}
         with (
-            serving(lambda *_: (307, away, b"")) as (address, seen),
+            kmskit.serving(lambda *_: (307, away, b"")) as (address, seen),
             pytest.raises(KmsError),
         ):
-            TransitRoot.open(address, token)
+            TransitRoot.open(TransitPlace(address=address, token=token))
         assert seen and not stolen
+
+
+def test_no_proxy_of_the_environment_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        kmskit.serving(lambda *_: kmskit.as_json(200, {"data": ABOUT})) as (address, seen),
+        kmskit.serving(lambda *_: kmskit.as_json(200, {"data": ABOUT})) as (proxy, stolen),
+    ):
+        for name in ("http_proxy", "all_proxy"):
+            monkeypatch.setenv(name, proxy)
+            monkeypatch.setenv(name.upper(), proxy)
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        TransitRoot.open(TransitPlace(address=address, token=token)).close()
+    assert len(seen) == 1 and stolen == []
+
+
+def test_a_rotation_whose_answer_is_lost_is_not_asked_for_twice() -> None:
+    asked: list[str] = []
+
+    def answer(method: str, path: str) -> kmskit.Answer:
+        asked.append(path)
+        if path.endswith(("rotate", "hmac/filigrane")):
+            raise ConnectionError("gone")
+        return kmskit.as_json(200, {"data": ABOUT})
+
+    with kmskit.serving(answer) as (address, _):
+        kms = TransitRoot.open(TransitPlace(address=address, token=token))
+        for call in (kms.rotate, lambda: kms.mac(1, b"m")):
+            with pytest.raises(KmsUnavailable):
+                call()
+        kms.close()
+    assert sum(path.endswith("rotate") for path in asked) == 1
+    assert sum(path.endswith("hmac/filigrane") for path in asked) == 2, "what changes nothing is"
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503])
 def test_an_overloaded_server_is_unavailable(status: int) -> None:
     with (
-        serving(lambda *_: as_json(status, {"errors": ["s.canary-token"]})) as (address, _),
+        kmskit.serving(lambda *_: kmskit.as_json(status, {"errors": ["s.canary-token"]})) as (
+            address,
+            _,
+        ),
         pytest.raises(KmsUnavailable) as caught,
     ):
-        TransitRoot.open(address, token)
+        TransitRoot.open(TransitPlace(address=address, token=token))
     assert "canary" not in str(caught.value)
 
 
@@ -186,19 +181,19 @@ def test_an_overloaded_server_is_unavailable(status: int) -> None:
         (200, {}, b"<html>hello</html>"),
         (200, {}, b""),
         (204, {}, b""),
-        as_json(200, {}),
-        as_json(200, []),
-        as_json(200, {"data": None}),
-        as_json(200, {"data": {}}),
-        as_json(200, {"data": ABOUT | {"keys": {}}}),
-        as_json(200, {"data": ABOUT | {"keys": {"one": 1}}}),
-        as_json(404, {"errors": []}),
-        as_json(418, {"errors": ["canary"]}),
+        kmskit.as_json(200, {}),
+        kmskit.as_json(200, []),
+        kmskit.as_json(200, {"data": None}),
+        kmskit.as_json(200, {"data": {}}),
+        kmskit.as_json(200, {"data": ABOUT | {"keys": {}}}),
+        kmskit.as_json(200, {"data": ABOUT | {"keys": {"one": 1}}}),
+        kmskit.as_json(404, {"errors": []}),
+        kmskit.as_json(418, {"errors": ["canary"]}),
     ],
 )
-def test_a_server_that_is_no_transit_engine(answer: Answer) -> None:
-    with serving(lambda *_: answer) as (address, _), pytest.raises(KmsError) as caught:
-        TransitRoot.open(address, token).versions()
+def test_a_server_that_is_no_transit_engine(answer: kmskit.Answer) -> None:
+    with kmskit.serving(lambda *_: answer) as (address, _), pytest.raises(KmsError) as caught:
+        TransitRoot.open(TransitPlace(address=address, token=token)).versions()
     assert "canary" not in str(caught.value)
 
 
@@ -215,11 +210,11 @@ def test_a_server_that_is_no_transit_engine(answer: Answer) -> None:
     ],
 )
 def test_a_mac_of_another_version_or_form_is_not_taken(said: object) -> None:
-    def answer(method: str, path: str) -> Answer:
-        return as_json(200, {"data": {"hmac": said} if "hmac" in path else ABOUT})
+    def answer(method: str, path: str) -> kmskit.Answer:
+        return kmskit.as_json(200, {"data": {"hmac": said} if "hmac" in path else ABOUT})
 
-    with serving(answer) as (address, _):
-        kms = TransitRoot.open(address, token)
+    with kmskit.serving(answer) as (address, _):
+        kms = TransitRoot.open(TransitPlace(address=address, token=token))
         with pytest.raises(KmsError, match="not as a transit engine"):
             kms.mac(1, b"m")
         kms.close()
@@ -227,9 +222,9 @@ def test_a_mac_of_another_version_or_form_is_not_taken(said: object) -> None:
 
 def test_a_wrapped_text_of_another_form_is_not_taken() -> None:
     for said in ("secret", "vault:v0:AAAA", "vault:v1:", None):
-        answer = as_json(200, {"data": ABOUT | {"ciphertext": said}})
-        with serving(lambda *_, answer=answer: answer) as (at, _):
-            kms = TransitRoot.open(at, token)
+        answer = kmskit.as_json(200, {"data": ABOUT | {"ciphertext": said}})
+        with kmskit.serving(lambda *_, answer=answer: answer) as (at, _):
+            kms = TransitRoot.open(TransitPlace(address=at, token=token))
             with pytest.raises(KmsError, match="not as a transit engine"):
                 kms.wrap(_Secret(b"data"), b"context")
             kms.close()

@@ -2,38 +2,16 @@
 
 import json
 import sqlite3
-import time
 from typing import Any
 
-import httpx2
 import numpy as np
 import pytest
 
 from filigrane.service.jobs import read_items
 from filigrane.service.problems import Problem
-from servicekit import OTHER, Service, marked_ids, problem
+from servicekit import OTHER, Service, job_done, job_results, marked_ids, problem
 
 CANARY = "zq7xjobcanary"
-
-
-def wait(client: httpx2.Client, job: str, *, patience: float = 60) -> dict[str, Any]:
-    until = time.monotonic() + patience
-    while True:
-        body: dict[str, Any] = client.get(f"/v1/jobs/{job}").json()
-        if body["state"] != "waiting":
-            return body
-        assert time.monotonic() < until, body
-        time.sleep(0.05)
-
-
-def results(client: httpx2.Client, job: str, limit: int = 100) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    start: int | None = 0
-    while start is not None:
-        page = client.get(f"/v1/jobs/{job}/results", params={"start": start, "limit": limit})
-        found += page.json()["results"]
-        start = page.json()["next"]
-    return found
 
 
 def test_every_item_is_answered(service: Service) -> None:
@@ -47,9 +25,9 @@ def test_every_item_is_answered(service: Service) -> None:
     with service.client("detector-expert") as client:
         made = client.post("/v1/jobs", json=items, params={"key": "chat", "alpha": 1e-6})
         assert made.status_code == 202 and made.json()["n_items"] == 12
-        done = wait(client, made.json()["id"])
+        done = job_done(client, made.json()["id"])
         assert (done["state"], done["n_done"]) == ("done", 12)
-        found = results(client, made.json()["id"], limit=5)
+        found = job_results(client, made.json()["id"], limit=5)
         assert [r["index"] for r in found] == list(range(12))
         assert [r["id"] for r in found[:10]] == [item["id"] for item in items[:10]]
         # What a single request says of the same ids, the job says too.
@@ -72,14 +50,14 @@ def test_one_item_a_line(service: Service) -> None:
             "/v1/jobs", content=lines, headers={"Content-Type": "application/x-ndjson"}
         )
         assert made.json()["n_items"] == 2
-        wait(client, made.json()["id"])
+        job_done(client, made.json()["id"])
 
 
 def test_what_cannot_be_tested_gets_a_reason_and_no_verdict(service: Service) -> None:
     with service.client("detector-expert") as client:
         made = client.post("/v1/jobs", json=[{"text": "abc"}], params={"key": "no-such-key"})
-        wait(client, made.json()["id"])
-        (found,) = results(client, made.json()["id"])
+        job_done(client, made.json()["id"])
+        (found,) = job_results(client, made.json()["id"])
     assert found["state"] == "failed" and found["answer"] is None
     assert found["problem"] == "not_found" and found["detail"]
 
@@ -122,6 +100,25 @@ def test_limits() -> None:
         read_items(b"[" * 100_000, lines=False, most=1, longest=2)
 
 
+def test_an_error_names_its_line() -> None:
+    good = b'{"tokens": [1]}\n\n'
+    for bad, status, words in (
+        (b'{"tokens": [1', 400, "Line 3 of"),
+        (b'{"tokens": "' + CANARY.encode() + b'"}', 422, None),
+        (b'{"tokens": [1, 2, 3, 4]}', 422, "line 3"),
+    ):
+        with pytest.raises(Problem) as caught:
+            read_items(good + bad, lines=True, most=9, longest=3)
+        said = caught.value
+        assert said.status_code == status and CANARY not in str((said.detail, said.more))
+        if words is None:
+            assert [entry["line"] for entry in said.more["errors"]] == [3]
+        else:
+            assert words in said.detail
+    with pytest.raises(Problem, match="item 1"):
+        read_items(b'[{"tokens": [1]}, {"tokens": [1, 2, 3, 4]}]', lines=False, most=9, longest=3)
+
+
 def test_a_repeated_request_makes_one_job(service: Service) -> None:
     again = {"Idempotency-Key": "job-1"}
     with service.client("detector-expert") as client:
@@ -142,7 +139,7 @@ def test_cancelling_leaves_results_and_erases_texts(service: Service) -> None:
         gone = client.post(f"/v1/jobs/{made['id']}/cancel")
         assert gone.json()["state"] == "cancelled"
         problem(client.post(f"/v1/jobs/{made['id']}/cancel"), 409, "state")
-        found = results(client, made["id"])
+        found = job_results(client, made["id"])
         assert len(found) == 100 and found[-1]["state"] == "cancelled"
         assert {r["state"] for r in found} <= {"done", "cancelled"}
 
@@ -164,7 +161,7 @@ def test_other_tenants_see_no_job(service: Service) -> None:
 def test_texts_are_not_in_the_database(service: Service) -> None:
     with service.client("detector-expert") as client:
         made = client.post("/v1/jobs", json=[{"text": CANARY * 5}] * 50).json()["id"]
-        wait(client, made)
+        job_done(client, made)
     for file in service.config.parent.glob("filigrane.db*"):
         assert CANARY.encode() not in file.read_bytes(), file
     with sqlite3.connect(service.config.parent / "filigrane.db") as database:

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from bookkit import TENANT, Book, marked_letters, open_book
 
+from filigrane.errors import BudgetSpent
 from filigrane.keys import Key
 from filigrane.service.answers import public_answer
 from filigrane.service.detecting import Query
-from filigrane.service.public import BudgetSpent, PublicLimits, PublicTier
+from filigrane.service.public import PublicLimits, PublicTier
 from filigrane.service.tokenizing import BYTES_SHA256
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "service"))

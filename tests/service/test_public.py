@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 from bookkit import TENANT, Book, Clock, marked_letters, open_book
 
-from filigrane.errors import NotReady
+from filigrane.errors import BudgetSpent, NotReady
 from filigrane.keys import Key
 from filigrane.service.contents import Cleaned, cleaned
 from filigrane.service.detecting import CAUTIONS, Query
 from filigrane.service.public import (
     HEADLINES,
     TECHNIQUE,
-    BudgetSpent,
     NearDuplicates,
     PublicLimits,
     PublicTier,

@@ -46,7 +46,7 @@ def test_a_taken_port_and_a_killed_supervisor(tmp_path: Path) -> None:
         workers = [pid for pid in service.pids() if pid != service.process.pid]
         assert workers
         os.kill(service.process.pid, signal.SIGKILL)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not all(map(ended, workers)) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert all(map(ended, workers))

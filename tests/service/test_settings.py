@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from filigrane.errors import FiligraneError
-from filigrane.service.public import BudgetSpent, PublicLimits
+from filigrane.errors import BudgetSpent, FiligraneError
+from filigrane.service.public import PublicLimits
 from filigrane.service.settings import Oidc, Settings, open_office, settings_path
 
 KMS = '[kms]\nprovider = "local"\npath = "root.key"\npassphrase_file = "pass"\n'
@@ -34,8 +34,12 @@ def test_defaults_and_paths_from_the_files_folder(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("", r"add a table \[kms\]"),
-        (KMS + "[limit]\nbody_bytes = 1\n", "the file has limit; known are"),
-        (KMS + "[limits]\nbodybytes = 1\n", r"\[limits\] has bodybytes; known are"),
+        (KMS + "[limit]\nbody_bytes = 1\n", r"the file has limit \(did you mean limits\?\); known"),
+        (
+            KMS + "[limits]\nbodybytes = 1\n",
+            r"has bodybytes \(did you mean body_bytes\?\); known are",
+        ),
+        (KMS + "[limits]\nqqq = 1\n", r"\[limits\] has qqq; known are"),
         (KMS + "[limits]\nbody_bytes = true\n", "limits.body_bytes must be a whole number"),
         (KMS + "[limits]\nbody_bytes = 1.5\n", "limits.body_bytes must be a whole number"),
         (KMS + "[limits]\nseconds = 0\n", "limits.seconds is 0; use"),

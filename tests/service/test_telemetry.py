@@ -17,13 +17,14 @@ import httpx2
 import pytest
 import structlog
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from test_jobs import wait
 
+from filigrane.errors import KmsUnavailable, StoreUnavailable
 from filigrane.service import telemetry
+from filigrane.service.jobs import Waiting
 from filigrane.service.office import open_office
 from filigrane.service.settings import Settings, TelemetrySettings
 from filigrane.service.tokenizing import BYTES_SHA256
-from servicekit import TENANT, Service, prepare, problem, running
+from servicekit import TENANT, Service, job_done, prepare, problem, running
 
 TEXT = "zq7xtelemetry canary of a text nobody else writes"
 WORD = "zq7xtelemetry"
@@ -157,7 +158,7 @@ def use(service: Service, shown: list[bytes]) -> None:
         problem(job, 422)
         shown.append(job.content)
         made = client.post("/v1/jobs", json=[{"text": TEXT * 20}, {"tokens": tokens}]).json()
-        wait(client, made["id"])
+        job_done(client, made["id"])
         shown.append(client.get(f"/v1/jobs/{made['id']}/results").content)
         shown.append(client.get(f"/{WORD}?{WORD}={WORD}", headers={"X-A": WORD}).content)
         shown.append(client.get("/v1/keys", params={"after": WORD}).content)
@@ -247,3 +248,22 @@ def test_faults_are_logged_without_words(lines: io.StringIO) -> None:
     written = json.loads(lines.getvalue())
     assert WORD not in lines.getvalue()
     assert written["error"] == "RuntimeError" and "test_telemetry.py" in written["trace"][-1]
+
+
+def test_waiting_is_said_less_and_less_often(lines: io.StringIO) -> None:
+    now = 0.0
+    waiting = Waiting(timer=lambda: now)
+    said: list[float] = []
+    for now in range(301):
+        waiting.for_(StoreUnavailable(f"sqlite {WORD}"))
+        if lines.getvalue().count("job_waits") > len(said):
+            said.append(now)
+    assert said == [0, 1, 3, 7, 15, 31, 63, 123, 183, 243]
+    waiting.for_(KmsUnavailable("another reason is said at once"))
+    waiting.over()
+    waiting.over()
+    written = [json.loads(line) for line in lines.getvalue().splitlines()]
+    assert WORD not in lines.getvalue()
+    assert [line["error"] for line in written[-3:-1]] == ["StoreUnavailable", "KmsUnavailable"]
+    assert [line["event"] for line in written[-2:]] == ["job_waits", "job_goes_on"]
+    assert written[-3]["count"] == 244

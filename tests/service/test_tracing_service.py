@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,13 @@ import pytest
 from bookkit import TENANT, Book, marked, open_book
 
 from filigrane.custody.hierarchy import KeySpec
-from filigrane.errors import FiligraneError, NotFound, StateError
+from filigrane.errors import Busy, FiligraneError, NotFound, StateError
 from filigrane.keys import Key, UserKey
 from filigrane.schemes import from_tag
 from filigrane.service.detecting import Query
 from filigrane.service.settings import Settings, open_office
 from filigrane.service.tokenizing import BYTES_SHA256
-from filigrane.service.tracing import Busy, Traced, Tracer
+from filigrane.service.tracing import Traced, Tracer
 from filigrane.store.records import Principal, Role
 from filigrane.toy import ZipfModel
 from servicekit import Service, operator_token, prepare, problem, running
@@ -141,6 +142,52 @@ def test_nothing_happens_without_an_approval_for_exactly_this(book: Book, tracer
         tracer.trace(officer("x", tenant="other"), query, range(10), approval=waiting.id)
 
 
+def test_an_answer_that_got_lost_can_be_had_again(tmp_path: Path) -> None:
+    with open_book(tmp_path) as own:
+        own.make("users", slots=1)
+        own.make("more", slots=1)
+        tracer = Tracer(own.detector, own.access, own.log, own.receipts)
+        ids = written_for(own, "users", 5)
+        query, users = Query(tokens=ids, key="users"), range(10)
+        approval = agreed(own, tracer, query, users)
+
+        def trace(
+            who: Principal = ANN, query: Query = query, users: range = users, top: int = 10
+        ) -> Traced:
+            return tracer.trace(who, query, users, approval=approval, top=top)
+
+        def kinds() -> list[str]:
+            return [record.kind for record in own.log.records(TENANT)]
+
+        first = trace()
+        used = own.access.approval(TENANT, approval)
+        assert first.named and used.used_by == ANN.name
+        own.clock.now += timedelta(hours=1)
+        before = kinds()
+        assert trace() == first
+        assert kinds() == [*before, "approval.repeat", "trace.done"]
+        assert own.log.records(TENANT)[-2].actor == ANN.name
+        # It stays the use of then, by her, for this and nothing else.
+        assert own.access.approval(TENANT, approval) == used
+        before = kinds()
+        with pytest.raises(StateError, match="used before"):
+            trace(BOB)
+        for other in (
+            lambda: trace(EVE),
+            lambda: trace(query=Query(tokens=ids[:-1], key="users")),
+            lambda: trace(query=Query(tokens=ids, key="more")),
+            lambda: trace(users=range(11)),
+            lambda: trace(top=11),
+        ):
+            with pytest.raises(StateError):
+                other()
+        own.clock.now += timedelta(hours=23)
+        with pytest.raises(StateError, match="expired"):
+            trace()
+        assert kinds() == before
+        tracer.close()
+
+
 def test_the_log_knows_before_the_answer_and_not_the_text(book: Book, tracer: Tracer) -> None:
     ids = written_for(book, "users", 5, seed=9)
     query = Query(tokens=ids, key="users")
@@ -253,7 +300,11 @@ def test_the_three_steps_over_http(service: Service) -> None:
         done = ann.post("/v1/trace", json=body | {"approval": approval})
         assert done.status_code == 200
         assert done.json()["named"] == [] and done.json()["n_tests"] == 200
-        problem(ann.post("/v1/trace", json=body | {"approval": approval}), 409, "state")
+        # Whose answer got lost has it again; for the second officer it was used.
+        again = ann.post("/v1/trace", json=body | {"approval": approval})
+        assert (again.status_code, again.json()) == (200, done.json())
+        late = ann.post("/v1/trace", json=body | {"approval": approval}, headers=bob)
+        problem(late, 409, "state")
         problem(ann.post("/v1/trace", json=body | {"approval": "zz"}), 422, "invalid")
     for role in ("detector-expert", "key-admin", "auditor"):
         with service.client(role) as client:

@@ -152,6 +152,15 @@ def test_chances_in_words(p: float, said: str) -> None:
     assert words.chance(math.log(p) - 1e-12) == said
 
 
+def test_hashes_are_cut_short_and_nothing_else() -> None:
+    digest = "0123456789abcdef" * 4
+    assert words.short(f"content {digest} users 0-9 of acme.chat@1") == (
+        "content 0123456789ab… users 0-9 of acme.chat@1"
+    )
+    for kept in ("9f3c0a51d2e47b68", "a-very-long-name-of-a-key-here@1", ""):
+        assert words.short(kept) == kept
+
+
 def test_every_code_has_words() -> None:
     assert set(words.STATES) == {str(state) for state in State}
     assert set(words.VERDICTS) == {"detected", "uncounted", "inconclusive", "too_short"}

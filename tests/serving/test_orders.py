@@ -78,7 +78,7 @@ def test_tenants_have_their_own_keys() -> None:
     # Word for word what is said of a key that nobody has.
     nobody = refused("unknown_key", ring(), us | {"filigrane_key": "theirz"})
     assert other.replace("theirs", "theirz") == nobody
-    refused("unknown_key", ring(), {"filigrane_key": "ours"})
+    assert "without a tenant" in refused("unknown_key", ring(), {"filigrane_key": "ours"})
     refused("unknown_tenant", ring(), {"filigrane_tenant": "nobody"})
     # Even one who opts out does not learn of others' keys.
     refused("unknown_key", ring(), us | {"filigrane_key": "theirs", "filigrane_mark": False})
@@ -94,7 +94,12 @@ def test_users_of_a_key() -> None:
 
 def test_other_refusals() -> None:
     refused("retired_key", ring(), {"filigrane_tenant": "us", "filigrane_key": "old"})
-    refused("no_key", ring(default=None), {})
+    assert "this server has no default" in refused("no_key", ring(default=None), {})
+    them = {"filigrane_tenant": "them"}
+    assert "[tenants.them]" in refused("no_key", ring(default=None), them)
+    mine = Entry(id="k", key=KEYS["old"], tenant="us", state="active", schemes=(GreenList(),))
+    alone = Keyring(policy="default", default=None, entries={"k": mine}, tenants={})
+    assert "belong to tenants" in refused("no_key", alone, {})
     refused("scheme", ring(), {"filigrane_scheme": "gumbel:context_width=2"})
     refused("malformed", ring(), {"filigrane_scheme": "gumbl"})
     refused("malformed", ring(), {"filigrane_keys": "shared"})

@@ -211,6 +211,16 @@ def test_approvals(store: storekit.Opened, kind: str) -> None:
     spend()
     with pytest.raises(StateError, match="used before"):
         spend()
+    # Again only where that is asked for, by the one who used it.
+    with pytest.raises(StateError, match="used before"):
+        access.spend_approval("acme", asked.id, kind=kind, subject=what, actor="bob", again=True)
+    used = access.approval("acme", asked.id)
+    assert used.used_by == "ann"
+    store.clock.at += timedelta(seconds=1)
+    repeat = access.spend_approval(
+        "acme", asked.id, kind=kind, subject=what, actor="ann", again=True
+    )
+    assert repeat == used
     with pytest.raises(NotFound):
         spend("nothing")
     late = access.request_approval("acme", kind, what, "why", ann, lifetime=timedelta(minutes=1))
@@ -224,4 +234,5 @@ def test_approvals(store: storekit.Opened, kind: str) -> None:
     assert [a.id for a in access.approvals("acme")] == [asked.id, late.id, later.id]
     kinds = [r.kind for r in store.log.records("acme")]
     assert kinds.count("approval.use") == 1 and kinds.count("approval.give") == 2
+    assert kinds.count("approval.repeat") == 1
     store.verify("acme")

@@ -88,9 +88,13 @@ def test_a_provider_from_the_terminal(run: Commands, tmp_path: Path) -> None:
 def test_a_key_says_its_tokenizer(run: Commands, tmp_path: Path) -> None:
     made = ("create", "demo")
     mark = ("--model", "m", "--scheme", "gumbel")
-    run(keys, *made, "chat", *mark, "--tokenizer", "bytes")
-    run(keys, *made, "same", *mark, "--tokenizer-sha256", BYTES_SHA256)
-    assert "tokenizer" not in run.said
+    said = run(keys, *made, "chat", *mark, "--tokenizer", "bytes")
+    assert f"tokenizer: bytes, sha256 {BYTES_SHA256}\n" in said
+    said = run(keys, *made, "same", *mark, "--tokenizer-sha256", BYTES_SHA256)
+    assert f"tokenizer: sha256 {BYTES_SHA256}\n" in said
+    other = run.json(keys, *made, "other", *mark, "--tokenizer-sha256", "ab" * 32)
+    assert other["tokenizer_sha256"] == "ab" * 32
+    assert "does not say its tokenizer" not in run.said
     # The notice is not part of the answer.
     assert "tokenizer" not in run(keys, *made, "none", *mark)
     assert "demo.none@1 does not say its tokenizer, so that only token ids" in run.said
@@ -105,7 +109,14 @@ def test_a_key_says_its_tokenizer(run: Commands, tmp_path: Path) -> None:
         run(keys, *made, "wrong", *mark, "--tokenizer", "mine")
     with open_office(Settings.load(settings)) as office:
         found = {key.spec.name: key.spec.tokenizer_sha256 for key in office.keybook.keys("demo")}
-    assert found == {"chat": BYTES_SHA256, "same": BYTES_SHA256, "none": None, "only": None}
+    named = {"chat": BYTES_SHA256, "same": BYTES_SHA256, "other": "ab" * 32}
+    assert found == {**named, "none": None, "only": None}
+    listed = {v["id"]: v["tokenizer_sha256"] for v in run.json(keys, "list", "demo")["versions"]}
+    assert listed == {f"demo.{name}@1": sha256 for name, sha256 in found.items()}
+    rows = {row.split()[0]: row.split() for row in run(keys, "list", "demo").splitlines()}
+    shown = {"chat": "bytes", "same": "bytes", "other": "abababababab…"}
+    for name in found:
+        assert rows[f"demo.{name}@1"][4:] == ([shown[name]] if name in shown else [])
 
 
 def test_two_custodians(run: Commands, tmp_path: Path) -> None:
@@ -126,9 +137,14 @@ def test_two_custodians(run: Commands, tmp_path: Path) -> None:
     with pytest.raises(StateError, match="second person"):
         run(keys, "destroy", "acme.chat@1", *given)
     assert "approved: destroy" in run(access, "approve", asked["id"], "--token-file", "bob.token")
+    # A person of the same name is another person where they belong to another tenant.
+    run(access, "tenant", "globex")
+    run(access, "token", "globex", "ann", "--role", "custodian", "--out", "globex.token")
+    with pytest.raises(FiligraneError, match="is of globex"):
+        run(keys, "destroy", "acme.chat@1", *given[:3], "globex.token")
     assert "is destroyed" in run(keys, "destroy", "acme.chat@1", *given)
     os.chmod("bob.token", 0o644)
-    with pytest.raises(FiligraneError, match="others may read"):
+    with pytest.raises(FiligraneError, match="others may use"):
         run(access, "approve", asked["id"], "--token-file", "bob.token")
     listed = run.json(access, "list", "acme")
     assert [t["name"] for t in listed["tokens"]] == ["ann", "bob"]
@@ -191,7 +207,7 @@ def test_archives_and_migrations(
     run(keys, "create", "acme", "chat", "--model", "m", "--profile", "vllm-gumbel")
     run(keys, "export", "acme", "acme.archive")
     assert (tmp_path / "acme.archive").stat().st_mode & 0o777 == 0o600
-    with pytest.raises(FiligraneError, match="there already"):
+    with pytest.raises(FiligraneError, match="never overwritten"):
         run(keys, "export", "acme", "acme.archive")
     for path in (tmp_path / "service").glob("filigrane.db*"):
         path.unlink()

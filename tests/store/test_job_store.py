@@ -7,7 +7,13 @@ import pytest
 from sqlalchemy import text
 
 import storekit
-from filigrane.errors import AlreadyExists, KeyFormatError, NotFound, StateError, StoreError
+from filigrane.errors import (
+    AlreadyExists,
+    KeyFormatError,
+    NotFound,
+    StateError,
+    StoreDamaged,
+)
 from filigrane.store.jobs import GIVEN_UP
 from filigrane.store.records import JobState
 
@@ -31,7 +37,9 @@ def test_a_job(store: storekit.Opened) -> None:
     assert [c for _, c in one.items] == texts[:2] and [c for _, c in two.items] == texts[2:]
     assert one.options == '{"alpha": 1e-6}' and one.who == "ann"
     assert "first" not in repr(one)
+    assert jobs.progress("acme", made.id).state is JobState.WAITING
     assert jobs.finish(two, [b"r2"])
+    assert jobs.progress("acme", made.id).state is JobState.RUNNING
     assert jobs.results("acme", made.id) == (None, None, b"r2")
     assert not jobs.finish(two, [b"again"])
     with pytest.raises(StateError, match="one result for each"):
@@ -153,7 +161,7 @@ def test_items_cannot_be_swapped(store: storekit.Opened) -> None:
     with store.database.tenant("acme") as connection:
         other = "(SELECT content FROM items WHERE position = 1)"
         connection.execute(text(f"UPDATE items SET content = {other} WHERE position = 0"))
-    with pytest.raises(StoreError, match="altered or moved"):
+    with pytest.raises(StoreDamaged, match="altered or moved"):
         store.jobs.claim("w", 30)
 
 

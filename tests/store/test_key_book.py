@@ -16,6 +16,7 @@ from filigrane.errors import (
     KeyFormatError,
     NotFound,
     StateError,
+    StoreDamaged,
     StoreError,
 )
 from filigrane.foreign import ForeignKey, KeyForm
@@ -284,7 +285,7 @@ def test_a_database_altered_by_hand(stores: storekit.Stores, store: storekit.Ope
     record = book.version("acme", "acme.chat@1")
     true = record.commitment
     by_hand(stores, store, f"UPDATE versions SET commitment = '{'0' * 64}' WHERE name = 'chat'")
-    with pytest.raises(StoreError, match="not the key that its commitment promised"):
+    with pytest.raises(StoreDamaged, match="not the key that its commitment promised"):
         book.key_of(book.version("acme", record.id))
     with pytest.raises(StoreError):
         book.promote("acme", "chat", 1, actor="ann")
@@ -301,10 +302,10 @@ def test_a_database_altered_by_hand(stores: storekit.Stores, store: storekit.Ope
         "UPDATE versions SET salt = (SELECT salt FROM versions WHERE name = 'vllm'), "
         "log_index = 1 WHERE name = 'chat'",
     )
-    with pytest.raises(StoreError, match="not the key that its commitment promised"):
+    with pytest.raises(StoreDamaged, match="not the key that its commitment promised"):
         book.key_of(record)
     by_hand(stores, store, "UPDATE versions SET sealed = wrapped_key WHERE name = 'old'")
-    with pytest.raises(StoreError, match="altered or moved"):
+    with pytest.raises(StoreDamaged, match="altered or moved"):
         book.key_of(book.version("acme", "acme.old@1"))
 
 

@@ -9,8 +9,10 @@ import pytest
 from sqlalchemy import Connection, create_engine, text
 
 import storekit
-from filigrane.custody import audit, merkle
-from filigrane.custody.audit import Record, read_lines, verify_checkpoint, verify_log
+from filigrane.custody import chain, merkle
+from filigrane.custody.chain import Record
+from filigrane.custody.checkpoints import verify_checkpoint
+from filigrane.custody.verification import read_lines, verify_log
 from filigrane.errors import AuditError, NotFound, StoreError
 
 
@@ -137,14 +139,14 @@ def behind(stores: storekit.Stores, store: storekit.Opened) -> Iterator[Connecti
 
 def rewrite(connection: Connection) -> None:
     """Put eve in ann's place and make the chain anew: it has no key."""
-    previous = audit.genesis("acme")
+    previous = chain.genesis("acme")
     query = "SELECT position, at, actor, kind, facts FROM log ORDER BY position"
     for position, at, actor, kind, facts in connection.execute(text(query)).all():
         name = "eve" if actor == "ann" else actor
         record = Record(
             tenant="acme", index=position, at=at, actor=name, kind=kind, facts=json.loads(facts)
         )
-        previous = audit.link(previous, record)
+        previous = chain.link(previous, record)
         connection.execute(
             text("UPDATE log SET actor = :actor, hash = :hash WHERE position = :position"),
             {"actor": name, "hash": previous, "position": position},

@@ -13,7 +13,12 @@ from sqlalchemy import create_engine, text
 
 import pgkit
 import storekit
-from filigrane.errors import StoreError
+from filigrane.errors import (
+    StoreDamaged,
+    StoreError,
+    StoreFull,
+    StoreVersionError,
+)
 from filigrane.store import database as database_module
 from filigrane.store import tables
 from filigrane.store.database import Database, migrate, moment, now, stamp
@@ -46,15 +51,15 @@ def test_older_and_newer_tables(stores: storekit.Stores, monkeypatch: pytest.Mon
     urls = stores.urls()
     database = Database.open(urls.app)
     _set_revision(urls.owner, "9999")
-    with pytest.raises(StoreError, match="newer filigrane"):
+    with pytest.raises(StoreVersionError, match="newer filigrane"):
         Database.open(urls.app)
-    with pytest.raises(StoreError, match="newer filigrane"):
+    with pytest.raises(StoreVersionError, match="newer filigrane"):
         migrate(urls.owner)
-    with pytest.raises(StoreError, match="newer filigrane"):
+    with pytest.raises(StoreVersionError, match="newer filigrane"):
         database.check()
     monkeypatch.setattr(tables, "REVISIONS", ("0000", *tables.REVISIONS))
     _set_revision(urls.owner, "0000")
-    with pytest.raises(StoreError, match=r"older filigrane.*keys migrate"):
+    with pytest.raises(StoreVersionError, match=r"older filigrane.*keys migrate"):
         Database.open(urls.app)
     _set_revision(urls.owner, tables.HEAD)
     database.check()
@@ -83,7 +88,7 @@ def test_a_failed_migration_leaves_nothing(
         with pytest.raises(Exception, match="0002"):
             migrate(url)
     monkeypatch.undo()
-    with pytest.raises(StoreError, match="no tables yet: run `filigrane keys migrate`"):
+    with pytest.raises(StoreVersionError, match="no tables yet: run `filigrane keys migrate`"):
         Database.open(url)
     assert migrate(url) == (None, tables.HEAD)
 
@@ -124,7 +129,7 @@ def test_a_file_that_is_no_database(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     path.write_bytes(b"nothing of the kind, but long enough to be looked at as a header" * 20)
     path.chmod(0o600)
-    with pytest.raises(StoreError, match="not a database"):
+    with pytest.raises(StoreDamaged, match="not a database"):
         Database.open(f"sqlite:///{path}")
 
 
@@ -189,7 +194,9 @@ def test_tables_that_no_retry_mends(stores: storekit.Stores, change: str, undo: 
     with engine.begin() as connection:
         connection.execute(text(f"ALTER TABLE {change}"))
     with (
-        pytest.raises(StoreError, match="not this version's: run `filigrane keys mig") as caught,
+        pytest.raises(
+            StoreVersionError, match="not this version's: run `filigrane keys mig"
+        ) as caught,
         database.tenant("acme") as connection,
     ):
         database_module.lock_tenant(connection, "acme")
@@ -218,7 +225,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     migrate(url)
     database = Database.open(url)
     with (
-        pytest.raises(StoreError, match="the disk is full"),
+        pytest.raises(StoreFull, match="the disk is full"),
         database.tenant("acme") as connection,
     ):
         connection.exec_driver_sql("PRAGMA max_page_count = 1")

@@ -21,6 +21,7 @@ from filigrane.cli.keys_office import (
 )
 from filigrane.cli.options import Json
 from filigrane.errors import FiligraneError
+from filigrane.private_files import why_not
 
 if TYPE_CHECKING:
     from filigrane.store.records import Approval
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
 Person = Annotated[
     str,
     typer.Argument(metavar="NAME", help="Of the person or machine.", show_default=False),
+]
+EngineName = Annotated[
+    str | None,
+    typer.Option(
+        "--engine", metavar="NAME", help="An engine that was enrolled.", show_default=False
+    ),
 ]
 
 
@@ -45,7 +52,7 @@ def tenant(
     """
     with opened(config) as counter:
         counter.keybook.create_tenant(name, actor=actor)
-    _say(json, {"tenant": name}, f"made tenant {name}")
+    render.answer(json, {"tenant": name}, f"made tenant {name}")
 
 
 def token(
@@ -61,15 +68,7 @@ def token(
             show_default=False,
         ),
     ],
-    engine: Annotated[
-        str | None,
-        typer.Option(
-            "--engine",
-            metavar="NAME",
-            help="Whose token it is, if an engine's.",
-            show_default=False,
-        ),
-    ] = None,
+    engine: EngineName = None,
     days: Annotated[
         int | None,
         typer.Option(
@@ -92,6 +91,8 @@ def token(
 ) -> None:
     """Issue an API token. It is shown once; the database keeps a digest of it.
 
+    An engine's token has the role engine and names the engine that it is for.
+
     Exit codes: 0 issued.
     """
     with opened(config) as counter:
@@ -102,7 +103,8 @@ def token(
         if unknown:
             raise FiligraneError(f"there is no role {unknown[0]!r}; use {', '.join(known)}.")
         if out is not None and out.exists():
-            raise FiligraneError(f"{out} is there already; choose another name.")
+            # Before there is a token that nobody would have.
+            raise FiligraneError(f"{out}: {why_not(FileExistsError())}.")
         ends = None if days is None else datetime.now(UTC) + timedelta(days=days)
         made = counter.access.issue_token(
             tenant,
@@ -115,9 +117,9 @@ def token(
     token_id = made.split("_")[2]
     if out is not None:
         write_private(out, made.encode("ascii") + b"\n")
-        _say(json, {"id": token_id, "file": str(out)}, f"wrote token {token_id} to {out}")
+        render.answer(json, {"id": token_id, "file": str(out)}, f"wrote token {token_id} to {out}")
         return
-    _say(json, {"id": token_id, "token": made}, f"token: {made}")
+    render.answer(json, {"id": token_id, "token": made}, f"token: {made}")
 
 
 def engine(
@@ -158,7 +160,7 @@ def engine(
         raise FiligraneError(f"{public_key} holds no JWK: print one with `filigrane engine enrol`.")
     with opened(config) as counter:
         record = counter.access.enrol_engine(tenant, name, model, key, actor=actor)
-    _say(
+    render.answer(
         json,
         {"engine": record.name, "models": list(record.models)},
         f"enrolled {record.name} for {', '.join(record.models)}",
@@ -170,20 +172,12 @@ def revoke(
     token: Annotated[
         str | None, typer.Option("--token", metavar="ID", help="A token.", show_default=False)
     ] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option(
-            "--engine",
-            metavar="NAME",
-            help="An engine, with its tokens.",
-            show_default=False,
-        ),
-    ] = None,
+    engine: EngineName = None,
     actor: Actor = "operator",
     config: Config = None,
     json: Json = False,
 ) -> None:
-    """Revoke a token or an engine, for good.
+    """Revoke a token, or an engine with all its tokens, for good.
 
     Exit codes: 0 revoked.
     """
@@ -194,7 +188,7 @@ def revoke(
             counter.access.revoke_token(tenant, token, actor=actor)
         elif engine is not None:
             counter.access.revoke_engine(tenant, engine, actor=actor)
-    _say(json, {"revoked": token or engine}, f"revoked {token or engine}")
+    render.answer(json, {"revoked": token or engine}, f"revoked {token or engine}")
 
 
 def list_access(tenant: Tenant, config: Config = None, json: Json = False) -> None:
@@ -261,12 +255,14 @@ def request(
 ) -> None:
     """Ask a second person to agree to destroying a key or to tracing a text.
 
+    The tenant is that of the token.
+
     Exit codes: 0 asked.
     """
     with opened(config) as counter:
         who = principal(counter, token_file)
         made = counter.access.request_approval(who.tenant, kind, subject, purpose, who)
-    _say(json, _approval(made), f"approval {made.id} waits for a second person")
+    render.answer(json, _approval(made), f"approval {made.id} waits for a second person")
 
 
 def approve(
@@ -279,12 +275,14 @@ def approve(
 ) -> None:
     """Agree, as the second person, to what somebody has asked for.
 
+    The tenant is that of the token.
+
     Exit codes: 0 approved.
     """
     with opened(config) as counter:
         who = principal(counter, token_file)
         made = counter.access.approve(who.tenant, approval, who)
-    _say(json, _approval(made), f"approved: {made.kind} {made.subject}")
+    render.answer(json, _approval(made), f"approved: {made.kind} {made.subject}")
 
 
 SUBCOMMANDS: Final = {
@@ -296,14 +294,6 @@ SUBCOMMANDS: Final = {
     "request": request,
     "approve": approve,
 }
-
-
-def _say(json: bool, document: dict[str, Any], line: str) -> None:
-    if json:
-        render.dump(document)
-    else:
-        # Lines to copy from: they are not broken, however narrow the terminal.
-        render.stdout().print(line, soft_wrap=True, markup=False)
 
 
 def _approval(made: "Approval") -> dict[str, Any]:

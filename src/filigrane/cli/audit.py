@@ -49,11 +49,8 @@ def export(
         typer.echo(held.getvalue(), nl=False)
     else:
         file.write_bytes(held.getvalue())
-        if json:
-            render.dump({"tenant": tenant, "file": str(file), "records": count})
-        else:
-            said = f"wrote {count} records to {file}"
-            render.stdout().print(said, soft_wrap=True, markup=False)
+        document = {"tenant": tenant, "file": str(file), "records": count}
+        render.answer(json, document, f"wrote {count} records to {file}")
     if altered is not None:
         render.fail(altered)
         raise typer.Exit(1)
@@ -71,11 +68,8 @@ def checkpoint(tenant: Tenant, out: Out = None, config: Config = None, json: Jso
         made = counter.log.checkpoint(tenant)
     if out is not None:
         out.write_text(json_text.dumps(made.to_json()) + "\n", encoding="ascii")
-    if json:
-        render.dump(made.to_json())
-        return
     said = f"signed {made.size} records of {tenant} by {made.key_id}; root {made.root}"
-    render.stdout().print(said, soft_wrap=True, markup=False)
+    render.answer(json, made.to_json(), said)
 
 
 def jwks(out: Out = None, config: Config = None, json: Json = False) -> None:
@@ -132,7 +126,8 @@ def verify(
 
     Exit codes: 0 in order; 1 altered, cut, reordered, signed by others, or unsigned at the end.
     """
-    from filigrane.custody.audit import Checkpoint, read_lines, verify_log
+    from filigrane.custody.checkpoints import Checkpoint
+    from filigrane.custody.verification import read_lines, verify_log
 
     known = _read(keys)
     try:
@@ -157,18 +152,15 @@ def verify(
         if json:
             render.dump({"verified": False, "reason": f"{said}."})
         raise typer.Exit(1)
-    if json:
-        facts = {name: getattr(report, name) for name in report.__slots__}
-        render.dump({"verified": True, **facts})
-        return
-    out = render.stdout()
-    out.print(
+    render.answer(
+        json,
+        {"verified": True, **{name: getattr(report, name) for name in report.__slots__}},
         f"the log of {report.tenant} is in order: {report.n_records} records, "
         f"{report.n_checkpoints} checkpoints, {report.n_covered} records covered",
-        soft_wrap=True,
-        markup=False,
+        f"head: {report.head}",
     )
-    out.print(f"head: {report.head}", soft_wrap=True, markup=False)
+    if json:
+        return
     if report.n_backwards:
         render.warn(f"{report.n_backwards} records are dated before the one before them")
     if kept is None:

@@ -17,10 +17,5 @@ def token(json: Json = False) -> None:
     """
     made = secrets.token_urlsafe(32)
     digest = hashlib.sha256(made.encode()).hexdigest()
-    if json:
-        render.dump({"token": made, "sha256": digest})
-        return
-    # Lines to copy from: they are not broken, however narrow the terminal.
-    out = render.stdout()
-    out.print(f"token: {made}", soft_wrap=True, markup=False)
-    out.print(f'tokens_sha256 = ["{digest}"]', soft_wrap=True, markup=False)
+    document = {"token": made, "sha256": digest}
+    render.answer(json, document, f"token: {made}", f'tokens_sha256 = ["{digest}"]')

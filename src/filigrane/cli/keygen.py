@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 from filigrane.cli import render
-from filigrane.cli.options import Json
+from filigrane.cli.options import Json, Slots
 from filigrane.cli.secrets import store_in_keyring
 from filigrane.errors import FiligraneError
-from filigrane.keys import MAX_SLOTS, Key
+from filigrane.keys import Key
 
 
 def keygen(
@@ -29,15 +29,7 @@ def keygen(
     keyring: Annotated[
         bool, typer.Option("--keyring", help="Keep the key in the system's keyring instead.")
     ] = False,
-    slots: Annotated[
-        int,
-        typer.Option(
-            "--slots",
-            min=1,
-            max=MAX_SLOTS,
-            help="Independent key streams that the mark takes turns with.",
-        ),
-    ] = 8,
+    slots: Slots = 8,
     json: Json = False,
 ) -> None:
     """Make a secret key, keep it, and say its name, slots and fingerprint.

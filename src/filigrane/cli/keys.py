@@ -22,7 +22,7 @@ from filigrane.cli.keys_office import (
     settings_of,
     told,
 )
-from filigrane.cli.options import Json
+from filigrane.cli.options import Json, Slots
 from filigrane.errors import FiligraneError
 
 if TYPE_CHECKING:
@@ -84,9 +84,7 @@ def create(
             show_default=False,
         ),
     ] = None,
-    slots: Annotated[
-        int, typer.Option("--slots", metavar="N", min=1, max=64, help="Independent key streams.")
-    ] = 8,
+    slots: Slots = 8,
     source: Annotated[
         Path | None,
         typer.Option(
@@ -130,7 +128,7 @@ def create(
             record = counter.keybook.create(spec, actor=actor, request_id=request_id)
         else:
             record = counter.keybook.import_key(spec, _read(source, spec), actor=actor)
-    _show(record, json)
+    _show(record, json, tokenizer=tokenizer)
     if tokenizer_sha256 is None:
         render.notice(_unread(record.id, settings))
 
@@ -146,10 +144,12 @@ def list_keys(tenant: Tenant, config: Config = None, json: Json = False) -> None
     if json:
         render.dump({"tenant": tenant, "versions": [told(version) for version in versions]})
         return
-    grid = render.table("version", "state", "model", "mark", "waits for")
+    grid = render.table("version", "state", "model", "mark", "tokenizer", "waits for")
     for version in versions:
-        cells = (version.id, version.state.value, version.spec.model, version.spec.mark)
-        grid.add_row(*map(Styled, (*cells, ", ".join(version.waiting_for))))
+        spec, waits = version.spec, ", ".join(version.waiting_for)
+        reader = _short(spec.tokenizer_sha256)
+        cells = (version.id, version.state.value, spec.model, spec.mark, reader, waits)
+        grid.add_row(*map(Styled, cells))
     render.stdout().print(grid)
 
 
@@ -253,6 +253,10 @@ def destroy(
     tenant, name, number = parts(version)
     with opened(config) as counter:
         who = principal(counter, token_file)
+        if who.tenant != tenant:
+            raise FiligraneError(
+                f"this token is of {who.tenant}, and {version} is not: use one of {tenant}."
+            )
         record = counter.keybook.destroy(tenant, name, number, actor=who.name, approval=approval)
     _show(record, json)
 
@@ -301,12 +305,21 @@ def _unread(version_id: str, settings: "Settings") -> str:
     )
 
 
-def _show(record: "VersionRecord", json: bool) -> None:
-    if json:
-        render.dump(told(record))
-        return
-    out = render.stdout()
-    out.print(f"{record.id} is {record.state.value}", soft_wrap=True, markup=False)
-    out.print(f"commitment: {record.commitment}", soft_wrap=True, markup=False)
+def _short(tokenizer_sha256: str | None) -> str:
+    """What a table says of a tokenizer. Its name would take loading all that the settings have."""
+    from filigrane.service.tokenizing import BYTES_SHA256
+
+    if tokenizer_sha256 is None:
+        return ""
+    return "bytes" if tokenizer_sha256 == BYTES_SHA256 else f"{tokenizer_sha256[:12]}…"
+
+
+def _show(record: "VersionRecord", json: bool, *, tokenizer: str | None = None) -> None:
+    """tokenizer: its name, if it was given by name."""
+    lines = [f"{record.id} is {record.state.value}", f"commitment: {record.commitment}"]
+    if record.spec.tokenizer_sha256 is not None:
+        name = "" if tokenizer is None else f"{tokenizer}, "
+        lines.append(f"tokenizer: {name}sha256 {record.spec.tokenizer_sha256}")
     if record.waiting_for:
-        out.print(f"waits for: {', '.join(record.waiting_for)}", soft_wrap=True, markup=False)
+        lines.append(f"waits for: {', '.join(record.waiting_for)}")
+    render.answer(json, told(record), *lines)

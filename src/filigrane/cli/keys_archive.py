@@ -28,10 +28,8 @@ def export_archive(
     with opened(config) as counter:
         data = counter.keybook.export_archive(tenant, actor=actor)
     write_private(file, data)
-    if json:
-        render.dump({"tenant": tenant, "file": str(file), "bytes": len(data)})
-        return
-    render.stdout().print(f"wrote {file}, {len(data)} bytes", soft_wrap=True, markup=False)
+    document = {"tenant": tenant, "file": str(file), "bytes": len(data)}
+    render.answer(json, document, f"wrote {file}, {len(data)} bytes")
 
 
 def import_archive(
@@ -49,10 +47,7 @@ def import_archive(
     data = file.read_bytes()
     with opened(config) as counter:
         count = counter.keybook.import_archive(data, actor=actor)
-    if json:
-        render.dump({"versions": count})
-        return
-    render.stdout().print(f"restored {count} versions of keys", soft_wrap=True, markup=False)
+    render.answer(json, {"versions": count}, f"restored {count} versions of keys")
 
 
 def migrate(
@@ -96,13 +91,11 @@ def migrate(
     before, after = run(url, service_role=service_role)
     # SQLite has no roles: there the option is for nothing.
     granted_to = service_role if url.startswith("postgresql") else None
-    if json:
-        render.dump({"before": before, "after": after, "granted_to": granted_to})
-        return
     done = []
     if before != after:
         done.append(f"was {'an empty database' if before is None else before}")
     if granted_to is not None:
         done.append(f"granted to {granted_to}")
     said = ", ".join(done) or "nothing to do"
-    render.stdout().print(f"tables {after}: {said}", soft_wrap=True, markup=False)
+    document = {"before": before, "after": after, "granted_to": granted_to}
+    render.answer(json, document, f"tables {after}: {said}")

@@ -1,7 +1,6 @@
 """What the commands of an operator share: the service's settings, opened without the service."""
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import typer
 
 from filigrane.cli.secrets import no_core_dumps
 from filigrane.errors import FiligraneError, KeyFormatError, MissingDependency
+from filigrane.private_files import new_file, why_not
 
 if TYPE_CHECKING:
     from filigrane.service.settings import Settings
@@ -135,12 +135,12 @@ def principal(counter: Counter, token_file: Path) -> "Principal":
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """A new file that only its owner can read; FiligraneError if there is one."""
+    """A new file that only its owner can read; FiligraneError if it cannot be made."""
     try:
-        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as out:
+        with new_file(path) as out:
             out.write(content)
-    except FileExistsError:
-        raise FiligraneError(f"{path} is there already; choose another name.") from None
+    except OSError as error:
+        raise FiligraneError(f"{path}: {why_not(error)}.") from None
 
 
 def told(record: "VersionRecord") -> dict[str, Any]:
@@ -155,6 +155,7 @@ def told(record: "VersionRecord") -> dict[str, Any]:
         "state": record.state.value,
         "model": record.spec.model,
         "mark": record.spec.mark,
+        "tokenizer_sha256": record.spec.tokenizer_sha256,
         "slots": record.spec.slots,
         "source": record.spec.source,
         "commitment": record.commitment,

@@ -65,6 +65,16 @@ SchemeTag = Annotated[
         show_default=False,
     ),
 ]
+Slots = Annotated[
+    int,
+    typer.Option(
+        "--slots",
+        metavar="N",
+        min=1,
+        max=64,  # keys.MAX_SLOTS, without numpy for every --help
+        help="Independent key streams that the mark takes turns with.",
+    ),
+]
 Files = Annotated[
     list[str] | None,
     typer.Argument(

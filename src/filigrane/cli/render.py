@@ -67,6 +67,20 @@ def dump(document: Mapping[str, object]) -> None:
     sys.stdout.flush()
 
 
+def answer(json: bool, document: Mapping[str, object], *lines: str) -> None:
+    """One answer: as JSON if it was asked for, else in lines.
+
+    They are for copying from: not broken, however narrow the terminal, and without control
+    characters.
+    """
+    if json:
+        dump(document)
+        return
+    out = stdout()
+    for line in lines:
+        out.print(clean(line), soft_wrap=True, markup=False)
+
+
 def log10(value: float) -> str:
     """A decimal logarithm for people; zero has no sign."""
     return f"{value + 0.0:.1f}" if abs(value) >= 0.05 else "0.0"

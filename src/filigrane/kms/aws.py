@@ -16,18 +16,20 @@ import logging
 import re
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final, Self, TypeVar, final
 
 from filigrane.errors import KmsError, KmsUnavailable, MissingDependency
 from filigrane.keys import _Secret
 from filigrane.kms.addresses import checked_address, host_of
 from filigrane.kms.blobs import (
-    body_of,
-    head_of,
-    require_context,
-    require_data,
+    CLOSED,
+    NOT_OURS,
     require_message,
     require_version,
+    require_wrappable,
+    version_of,
+    versioned_head,
 )
 
 try:
@@ -37,7 +39,7 @@ try:
 except ImportError:
     raise MissingDependency("the aws provider needs boto3: pip install 'filigrane[kms]'.") from None
 
-__all__ = ["AwsRoot"]
+__all__ = ["AwsPlace", "AwsRoot"]
 
 _T = TypeVar("_T")
 
@@ -78,6 +80,21 @@ class _Taken(Exception):
     """Another process has made this alias."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AwsPlace:
+    """Where a root is, and how to get there.
+
+    prefix: what its aliases begin with. region, profile, credentials: by the SDK's own chain where
+    not given. endpoint: of a VPC or a test server. timeout_s: to connect, and to answer, seconds.
+    """
+
+    prefix: str = "filigrane"
+    region: str | None = None
+    profile: str | None = None
+    endpoint: str | None = None
+    timeout_s: float = 5.0
+
+
 @final
 class AwsRoot:
     """A KeyManagement in AWS KMS; made by `open` or `create`, shows its prefix only."""
@@ -91,73 +108,49 @@ class AwsRoot:
 
     def __init__(self) -> None:
         """Refuse: a root is in AWS."""
-        raise TypeError("use AwsRoot.open or AwsRoot.create, with a prefix and a region")
+        raise TypeError("use AwsRoot.open or AwsRoot.create, with an AwsPlace")
 
     @classmethod
-    def open(
-        cls,
-        *,
-        prefix: str = "filigrane",
-        region: str | None = None,
-        profile: str | None = None,
-        endpoint: str | None = None,
-        timeout_s: float = 5.0,
-    ) -> Self:
-        """The root whose aliases begin with prefix.
+    def open(cls, place: AwsPlace) -> Self:
+        """The root that is there.
 
-        region, profile, credentials: by the SDK's own chain where not given. endpoint: of a VPC or
-        a test server. timeout_s: to connect, and to answer, seconds. Raises KmsError if there is
-        no such root or access, KmsUnavailable if AWS does not answer.
+        Raises KmsError if there is no such root or access, KmsUnavailable if AWS does not answer.
         """
-        self = cls._connected(prefix, region, profile, endpoint, timeout_s)
+        self = cls._connected(place)
         self.versions()
         return self
 
     @classmethod
-    def create(
-        cls,
-        *,
-        prefix: str = "filigrane",
-        region: str | None = None,
-        profile: str | None = None,
-        endpoint: str | None = None,
-        timeout_s: float = 5.0,
-    ) -> Self:
+    def create(cls, place: AwsPlace) -> Self:
         """A new root with version 1; raises KmsError if there is one, else as `open`."""
-        self = cls._connected(prefix, region, profile, endpoint, timeout_s)
+        self = cls._connected(place)
+        name = f"alias/{place.prefix}"
         if self._listed():
-            raise KmsError(f"there is a root alias/{prefix} in {self._where} already; open it.")
+            raise KmsError(f"there is a root {name} in {self._where} already; open it.")
         try:
             self._add(1)
         except _Taken:
-            raise KmsError(f"another process has just made alias/{prefix}; open it.") from None
+            raise KmsError(f"another process has just made {name}; open it.") from None
         return self
 
     @classmethod
-    def _connected(
-        cls,
-        prefix: str,
-        region: str | None,
-        profile: str | None,
-        endpoint: str | None,
-        timeout_s: float,
-    ) -> Self:
-        if not _PREFIX.fullmatch(prefix):
+    def _connected(cls, place: AwsPlace) -> Self:
+        if not _PREFIX.fullmatch(place.prefix):
             raise KmsError("a prefix of aliases has letters, digits and _ / - only, not aws first.")
-        address = None if endpoint is None else checked_address(endpoint)
+        address = None if place.endpoint is None else checked_address(place.endpoint)
         self = object.__new__(cls)
-        self._prefix, self._lock = prefix, threading.Lock()
+        self._prefix, self._lock = place.prefix, threading.Lock()
         # At DEBUG the SDK logs the bodies of requests and answers, MACs and plain texts included.
         logging.getLogger("botocore").setLevel(logging.INFO)
         config = Config(
-            connect_timeout=timeout_s,
-            read_timeout=timeout_s,
+            connect_timeout=place.timeout_s,
+            read_timeout=place.timeout_s,
             # The callers know when to try again; here a limit is a limit.
             retries={"total_max_attempts": 1, "mode": "standard"},
             max_pool_connections=32,
         )
         try:
-            session = boto3.Session(profile_name=profile, region_name=region)
+            session = boto3.Session(profile_name=place.profile, region_name=place.region)
             client = session.client("kms", endpoint_url=address, config=config)
         except (failures.BotoCoreError, ValueError) as error:
             raise KmsError(
@@ -207,8 +200,7 @@ class AwsRoot:
 
     def wrap(self, data: _Secret[bytes], context: bytes) -> bytes:
         """Encrypt 1 to 4,096 bytes under the current version, bound to a context."""
-        require_data(data)
-        require_context(context)
+        require_wrappable(data, context)
         version = self.versions()[-1]
         answer = self._ask(
             lambda client: client.encrypt(
@@ -221,19 +213,15 @@ class AwsRoot:
         made = answer.get("CiphertextBlob")
         if not isinstance(made, bytes) or not made:
             raise KmsError(f"{self._where} answered no ciphertext; check the endpoint.")
-        return head_of("aws") + version.to_bytes(4, "big") + made
+        return versioned_head("aws", version) + made
 
     def unwrap(self, blob: bytes, context: bytes) -> _Secret[bytes]:
         """What was wrapped, under whichever version; KmsError for another context."""
-        require_context(context)
-        body = body_of("aws", blob)
-        version = int.from_bytes(body[:4], "big")
-        if len(body) < 5:
-            raise KmsError("what was wrapped is cut short; restore it from a backup.")
+        version, sealed = version_of("aws", blob, context, least=1)
         answer = self._ask(
             lambda client: client.decrypt(
                 KeyId=self._alias("wrap", version),
-                CiphertextBlob=body[4:],
+                CiphertextBlob=sealed,
                 EncryptionContext=_bound(version, context),
             ),
             missing=version,
@@ -320,7 +308,7 @@ class AwsRoot:
         for attempt in (1, 2):
             client = self._client.reveal()
             if client is None:
-                raise KmsError("this key management is closed; open it again.")
+                raise KmsError(CLOSED)
             try:
                 return call(client)
             except failures.ClientError as error:
@@ -362,9 +350,7 @@ class AwsRoot:
                 "permissions."
             )
         if code in _UNREADABLE:
-            return KmsError(
-                "this cannot be unwrapped: it belongs to another context or root, or was altered."
-            )
+            return KmsError(NOT_OURS)
         return KmsError(f"{self._where} refuses ({named}); is the key of alias/{self._prefix} on?")
 
 

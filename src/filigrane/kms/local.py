@@ -26,13 +26,14 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from filigrane.errors import KmsError, KmsUnavailable
 from filigrane.keys import _Secret
 from filigrane.kms.blobs import (
-    body_of,
-    head_of,
-    require_context,
-    require_data,
+    NOT_OURS,
     require_message,
     require_version,
+    require_wrappable,
+    version_of,
+    versioned_head,
 )
+from filigrane.private_files import new_file, open_to_others, why_not
 
 __all__ = ["LocalRoot"]
 
@@ -43,6 +44,7 @@ _MAX_FILE_BYTES: Final = 1 << 20
 _SCRYPT_N: Final = 1 << 16
 _SCRYPT_MAX_N: Final = 1 << 20
 _NONCE: Final = 12
+_TAG: Final = 16
 
 _Versions = dict[int, tuple[bytes, bytes]]
 _Seen = tuple[int, int, int]
@@ -83,12 +85,10 @@ class LocalRoot:
         file_key = _stretch(passphrase, salt, _SCRYPT_N)
         text = _encode(salt, _SCRYPT_N, file_key, _Secret({1: _fresh()}))
         try:
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            raise KmsError(f"{path}: this file exists; a root is never overwritten.") from None
+            with new_file(path) as out:
+                out.write(text)
         except OSError as error:
-            raise KmsError(f"{path}: this file cannot be made ({error.strerror}).") from None
-        _write(file, path, text)
+            raise KmsError(f"{path}: {why_not(error)}.") from None
         _sync_folder(os.path.dirname(path) or ".")
         self = cls._closed(path, passphrase)
         self._file_key = (salt, _SCRYPT_N, file_key)
@@ -143,33 +143,25 @@ class LocalRoot:
 
     def wrap(self, data: _Secret[bytes], context: bytes) -> bytes:
         """Encrypt 1 to 4,096 bytes under the current version, bound to a context."""
-        require_data(data)
-        require_context(context)
+        require_wrappable(data, context)
         known = self._known()
         version = max(known.reveal())
-        head = head_of("local") + version.to_bytes(4, "big")
+        head = versioned_head("local", version)
         nonce = secrets.token_bytes(_NONCE)
         cipher = AESGCM(known.reveal()[version][1])
         return head + nonce + cipher.encrypt(nonce, data.reveal(), head + context)
 
     def unwrap(self, blob: bytes, context: bytes) -> _Secret[bytes]:
         """What was wrapped, under whichever version; KmsError for another context."""
-        require_context(context)
-        body = body_of("local", blob)
+        version, body = version_of("local", blob, context, least=_NONCE + _TAG)
         known = self._known()
-        version = int.from_bytes(body[:4], "big")
         require_version(version, sorted(known.reveal()))
-        nonce, rest = body[4 : 4 + _NONCE], body[4 + _NONCE :]
-        if len(rest) < 16:
-            raise KmsError("what was wrapped is cut short; restore it from a backup.")
         cipher = AESGCM(known.reveal()[version][1])
+        bound = versioned_head("local", version) + context
         try:
-            head = head_of("local") + body[:4]
-            return _Secret(cipher.decrypt(nonce, rest, head + context))
+            return _Secret(cipher.decrypt(body[:_NONCE], body[_NONCE:], bound))
         except InvalidTag:
-            raise KmsError(
-                "this cannot be unwrapped: it belongs to another context or root, or was altered."
-            ) from None
+            raise KmsError(NOT_OURS) from None
 
     def rotate(self) -> int:
         """Make a new version and return its number."""
@@ -183,13 +175,10 @@ class LocalRoot:
             folder, name = os.path.split(self._path)
             beside = os.path.join(folder, f".{name}.{secrets.token_hex(8)}")
             try:
-                file = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with new_file(beside) as out:
+                    out.write(text)
             except OSError as error:
-                raise KmsUnavailable(
-                    f"{self._path}: no new file can be made beside it ({error.strerror}); nothing "
-                    "was changed."
-                ) from None
-            _write(file, beside, text)
+                raise KmsUnavailable(f"{beside}: {why_not(error)}; nothing was changed.") from None
             os.replace(beside, self._path)
             _sync_folder(folder or ".")
             self._known()
@@ -240,11 +229,9 @@ def _identity(about: os.stat_result) -> _Seen:
 def _require_private(path: str, about: os.stat_result) -> None:
     if not stat.S_ISREG(about.st_mode):
         raise KmsError(f"{path}: this is no file; give the path of one that create made.")
-    if about.st_mode & 0o077:
-        raise KmsError(
-            f"{path}: others may use this file (mode {stat.S_IMODE(about.st_mode):04o}); make it "
-            f"yours alone with: chmod 600 {path}; and if somebody may have read it, rotate."
-        )
+    exposed = open_to_others(path, about)
+    if exposed is not None:
+        raise KmsError(f"{path}: {exposed}; and if somebody may have read it, rotate.")
 
 
 def _require_passphrase(passphrase: _Secret[str]) -> None:
@@ -304,7 +291,7 @@ def _decode(path: str, text: bytes) -> tuple[bytes, int, bytes]:
         raise KmsError(
             f"{path}: this is not a local root of format {FORMAT}; restore it from a backup."
         ) from None
-    if work & (work - 1) or not 1 << 10 <= work <= _SCRYPT_MAX_N or len(sealed) < _NONCE + 16:
+    if work & (work - 1) or not 1 << 10 <= work <= _SCRYPT_MAX_N or len(sealed) < _NONCE + _TAG:
         raise KmsError(f"{path}: this local root is damaged; restore it from a backup.")
     return salt, work, sealed
 
@@ -325,20 +312,6 @@ def _unseal(
             for number, (mac, wrap) in json.loads(inner.reveal()).items()
         }
     )
-
-
-def _write(file: int, path: str, text: bytes) -> None:
-    try:
-        with open(file, "wb") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(file)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        raise KmsUnavailable(
-            f"{path}: this file cannot be written ({error.strerror}); make room and try again."
-        ) from None
 
 
 def _sync_folder(folder: str) -> None:

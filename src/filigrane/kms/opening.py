@@ -16,8 +16,9 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from filigrane.errors import KmsError
-from filigrane.keys import _open_to_others, _Secret
+from filigrane.keys import _Secret
 from filigrane.kms.base import KeyManagement
+from filigrane.private_files import open_to_others
 
 __all__ = ["PROVIDERS", "create_kms", "open_kms"]
 
@@ -92,10 +93,11 @@ def _read_secret(name: str, file: str | None, variable: str | None) -> _Secret[s
         # Opened first and looked at after, so that what is checked is what is read.
         with open(file, "rb") as stream:
             about = os.fstat(stream.fileno())
-            if _open_to_others(about):
+            exposed = open_to_others(file, about)
+            if exposed is not None:
                 raise KmsError(
-                    f"{file}: others may use this file, which holds the {name}; make it yours "
-                    f"alone with: chmod 600 {file}; and if somebody may have read it, change it."
+                    f"{file}: {exposed}; it holds the {name}: if somebody may have read it, "
+                    "change it."
                 )
             data = _Secret(stream.read(_MAX_FILE_BYTES + 1))
     except KmsError:
@@ -119,47 +121,47 @@ def _local(settings: _Settings, new: bool) -> KeyManagement:
 
 
 def _transit(settings: _Settings, new: bool) -> KeyManagement:
-    from filigrane.kms.transit import TransitRoot
+    from filigrane.kms.transit import TransitPlace, TransitRoot
 
-    make = TransitRoot.create if new else TransitRoot.open
-    address, key = settings.text("address"), settings.text("key", "filigrane")
-    mount, namespace = settings.text("mount", "transit"), settings.optional("namespace")
-    ca_file, token = settings.optional("ca_file"), settings.source("token")
-    timeout_s = settings.seconds("timeout_s", "5")
-    settings.done()
-    return make(
-        address,
-        token,
-        key=key,
-        mount=mount,
-        namespace=namespace,
-        ca_file=ca_file,
-        timeout_s=timeout_s,
+    place = TransitPlace(
+        address=settings.text("address"),
+        token=settings.source("token"),
+        key=settings.text("key", "filigrane"),
+        mount=settings.text("mount", "transit"),
+        namespace=settings.optional("namespace"),
+        ca_file=settings.optional("ca_file"),
+        timeout_s=settings.seconds("timeout_s", "5"),
     )
+    settings.done()
+    return (TransitRoot.create if new else TransitRoot.open)(place)
 
 
 def _aws(settings: _Settings, new: bool) -> KeyManagement:
-    from filigrane.kms.aws import AwsRoot
+    from filigrane.kms.aws import AwsPlace, AwsRoot
 
-    make = AwsRoot.create if new else AwsRoot.open
-    prefix, region = settings.text("prefix", "filigrane"), settings.optional("region")
-    profile, endpoint = settings.optional("profile"), settings.optional("endpoint")
-    timeout_s = settings.seconds("timeout_s", "5")
-    settings.done()
-    return make(
-        prefix=prefix, region=region, profile=profile, endpoint=endpoint, timeout_s=timeout_s
+    place = AwsPlace(
+        prefix=settings.text("prefix", "filigrane"),
+        region=settings.optional("region"),
+        profile=settings.optional("profile"),
+        endpoint=settings.optional("endpoint"),
+        timeout_s=settings.seconds("timeout_s", "5"),
     )
+    settings.done()
+    return (AwsRoot.create if new else AwsRoot.open)(place)
 
 
 def _pkcs11(settings: _Settings, new: bool) -> KeyManagement:
-    from filigrane.kms.pkcs11 import Pkcs11Root
+    from filigrane.kms.pkcs11 import Pkcs11Place, Pkcs11Root
 
-    make = Pkcs11Root.create if new else Pkcs11Root.open
-    module, token = settings.text("module"), settings.text("token")
-    label, pin = settings.text("label", "filigrane"), settings.source("pin")
-    timeout_s = settings.seconds("timeout_s", "5")
+    place = Pkcs11Place(
+        module=settings.text("module"),
+        token=settings.text("token"),
+        pin=settings.source("pin"),
+        label=settings.text("label", "filigrane"),
+        timeout_s=settings.seconds("timeout_s", "5"),
+    )
     settings.done()
-    return make(module, token, pin(), label=label, timeout_s=timeout_s)
+    return (Pkcs11Root.create if new else Pkcs11Root.open)(place)
 
 
 PROVIDERS: Final[Mapping[str, Callable[[_Settings, bool], KeyManagement]]] = {

@@ -19,19 +19,21 @@ import binascii
 import re
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Final, Self, TypeVar, final
 
 from filigrane.errors import KmsError, KmsUnavailable, MissingDependency
 from filigrane.keys import _Secret
 from filigrane.kms.addresses import checked_address, host_of
 from filigrane.kms.blobs import (
+    CLOSED,
     MAX_VERSION,
+    NOT_OURS,
     body_of,
     head_of,
-    require_context,
-    require_data,
     require_message,
     require_version,
+    require_wrappable,
 )
 
 try:
@@ -44,7 +46,7 @@ except ImportError:
         "the transit provider needs hvac: pip install 'filigrane[kms]'."
     ) from None
 
-__all__ = ["TransitRoot"]
+__all__ = ["TransitPlace", "TransitRoot"]
 
 _T = TypeVar("_T")
 
@@ -59,6 +61,23 @@ _AWAY: Final = (
     refusals.BadGateway,
     refusals.RateLimitExceeded,
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransitPlace:
+    """Where a root is, and how to get there.
+
+    token: reads the token from where it is kept. ca_file: PEM of who signed the server's
+    certificate, if the system does not know them. timeout_s: of each request, seconds.
+    """
+
+    address: str
+    token: Callable[[], _Secret[str]] = field(repr=False)
+    key: str = "filigrane"
+    mount: str = "transit"
+    namespace: str | None = None
+    ca_file: str | None = None
+    timeout_s: float = 5.0
 
 
 @final
@@ -76,99 +95,70 @@ class TransitRoot:
 
     def __init__(self) -> None:
         """Refuse: a root is on a server."""
-        raise TypeError("use TransitRoot.open or TransitRoot.create, with an address and a token")
+        raise TypeError("use TransitRoot.open or TransitRoot.create, with a TransitPlace")
 
     @classmethod
-    def open(
-        cls,
-        address: str,
-        token: Callable[[], _Secret[str]],
-        *,
-        key: str = "filigrane",
-        mount: str = "transit",
-        namespace: str | None = None,
-        ca_file: str | None = None,
-        timeout_s: float = 5.0,
-    ) -> Self:
+    def open(cls, place: TransitPlace) -> Self:
         """The root that is there.
 
-        token: reads the token from where it is kept. ca_file: PEM of who signed the server's
-        certificate, if the system does not know them. timeout_s: of each request, seconds.
         Raises KmsError if there is no such key or it could be read out, KmsUnavailable if the
         server does not answer.
         """
-        self = cls._connected(address, token, key, mount, namespace, ca_file, timeout_s)
+        self = cls._connected(place)
         about = self._about()
         if about.get("exportable") or about.get("allow_plaintext_backup"):
             raise KmsError(
-                f"the key {key} can be read out of {host_of(address)}; make another with "
-                "exportable=false and allow_plaintext_backup=false."
+                f"the key {place.key} can be read out of {host_of(place.address)}; make another "
+                "with exportable=false and allow_plaintext_backup=false."
             )
         if about.get("type") not in _KINDS or about.get("derived"):
             raise KmsError(
-                f"the key {key} on {host_of(address)} is of another kind; make one with "
-                "type=aes256-gcm96 and derived=false."
+                f"the key {place.key} on {host_of(place.address)} is of another kind; make one "
+                "with type=aes256-gcm96 and derived=false."
             )
         return self
 
     @classmethod
-    def create(
-        cls,
-        address: str,
-        token: Callable[[], _Secret[str]],
-        *,
-        key: str = "filigrane",
-        mount: str = "transit",
-        namespace: str | None = None,
-        ca_file: str | None = None,
-        timeout_s: float = 5.0,
-    ) -> Self:
+    def create(cls, place: TransitPlace) -> Self:
         """A new root with version 1; needs a token that may make keys. Raises as `open` does."""
-        self = cls._connected(address, token, key, mount, namespace, ca_file, timeout_s)
+        self = cls._connected(place)
         # The server takes a second creation for a success; here it is a mistake.
         if self._ask(lambda client: self._read(client), missing=None) is not None:
-            raise KmsError(f"there is a key {key} on {host_of(address)} already; open it.")
+            raise KmsError(
+                f"there is a key {place.key} on {host_of(place.address)} already; open it."
+            )
         self._ask(
             lambda client: client.secrets.transit.create_key(
-                name=key,
+                name=self._key,
                 key_type="aes256-gcm96",
                 exportable=False,
                 allow_plaintext_backup=False,
                 derived=False,
-                mount_point=mount,
+                mount_point=self._mount,
             ),
             twice=False,
         )
         return self
 
     @classmethod
-    def _connected(
-        cls,
-        address: str,
-        token: Callable[[], _Secret[str]],
-        key: str,
-        mount: str,
-        namespace: str | None,
-        ca_file: str | None,
-        timeout_s: float,
-    ) -> Self:
-        if not _NAME.fullmatch(key) or not _MOUNT.fullmatch(mount):
+    def _connected(cls, place: TransitPlace) -> Self:
+        if not _NAME.fullmatch(place.key) or not _MOUNT.fullmatch(place.mount):
             raise KmsError("a transit key's name has letters, digits and _ . - only.")
         self = object.__new__(cls)
-        self._address = checked_address(address)
-        self._key, self._mount = key, mount.strip("/")
-        self._read_token, self._lock = token, threading.Lock()
+        self._address = checked_address(place.address)
+        self._key, self._mount = place.key, place.mount.strip("/")
+        self._read_token, self._lock = place.token, threading.Lock()
         session = requests.Session()
         # No proxy, no .netrc: what is asked goes to the server that the settings name.
         session.trust_env = False
-        session.verify = ca_file or True
+        session.verify = place.ca_file or True
         session.mount(self._address, HTTPAdapter(pool_maxsize=32, max_retries=0))
         client = hvac.Client(
             url=self._address,
-            token=token().reveal(),
-            namespace=namespace,
+            token=place.token().reveal(),
+            namespace=place.namespace,
             verify=session.verify,
-            timeout=timeout_s,
+            timeout=place.timeout_s,
             session=session,
             # A redirect would take the token to a server that nobody named.
             allow_redirects=False,
@@ -226,8 +216,7 @@ class TransitRoot:
 
     def wrap(self, data: _Secret[bytes], context: bytes) -> bytes:
         """Encrypt 1 to 4,096 bytes under the current version, bound to a context."""
-        require_data(data)
-        require_context(context)
+        require_wrappable(data, context)
         answer = self._ask(
             lambda client: client.secrets.transit.encrypt_data(
                 name=self._key,
@@ -243,8 +232,7 @@ class TransitRoot:
 
     def unwrap(self, blob: bytes, context: bytes) -> _Secret[bytes]:
         """What was wrapped, under whichever version; KmsError for another context."""
-        require_context(context)
-        text = body_of("transit", blob).decode("ascii", "replace")
+        text = body_of("transit", blob, context).decode("ascii", "replace")
         if not _CIPHERTEXT.fullmatch(text):
             raise KmsError("what was wrapped is damaged; restore it from a backup.")
         answer = self._ask(
@@ -328,7 +316,7 @@ class TransitRoot:
         for attempt in (1, 2):
             client = self._client.reveal()
             if client is None:
-                raise KmsError("this key management is closed; open it again.")
+                raise KmsError(CLOSED)
             try:
                 return call(client)
             except refusals.Forbidden:
@@ -388,6 +376,4 @@ class TransitRoot:
 
 
 def _not_here() -> None:
-    raise KmsError(
-        "this cannot be unwrapped: it belongs to another context or root, or was altered."
-    )
+    raise KmsError(NOT_OURS)

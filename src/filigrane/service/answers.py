@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from filigrane.service.detecting import CAUTIONS, MAX_ALPHA, Finding, Query, Verdict
+from filigrane.service.problems import told
 
 if TYPE_CHECKING:
     from filigrane.service.public import PublicAnswer
@@ -47,7 +48,7 @@ class Content(BaseModel):
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
         if (self.text is None) == (self.tokens is None):
-            raise ValueError("text or tokens")
+            raise told("Send one of the two, text or tokens.")
         return self
 
 

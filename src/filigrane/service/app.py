@@ -12,7 +12,7 @@ import importlib
 import ipaddress
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -104,10 +104,12 @@ def application(office: Office, *, owns_office: bool = False) -> FastAPI:
     # The same function as the documented route, found first and without FastAPI's way to it, which
     # takes as long as a short test.
     app.router.routes.insert(0, QUICK)
-    _handle_errors(app)
+    web = office.settings.web.enabled
+    _handle_errors(app, web=web)
     _describe(app)
     app.add_middleware(
         Gate,
+        say=_say_to_people if web else _say,
         limits=office.settings.limits,
         tls=office.settings.listen.tls_key is not None,
         first={JOBS: require(Role.DETECTOR_EXPERT)},
@@ -136,20 +138,48 @@ def _routers(office: Office) -> Iterable[APIRouter]:
         yield importlib.import_module("filigrane.service.web.routes").router
 
 
-def _handle_errors(app: FastAPI) -> None:
-    names: list[frozenset[str]] = []
+def _say(scope: Scope, problem: Problem) -> Response:
+    return problems.response(problem)
+
+
+def _say_to_people(scope: Scope, problem: Problem) -> Response:
+    """Before or around the application: a page for browsers, a problem for programs."""
+    from filigrane.service.web import refusals
+
+    if refusals.for_people(scope):
+        return refusals.bare_page(scope, problem)
+    return problems.response(problem)
+
+
+def _handle_errors(app: FastAPI, *, web: bool) -> None:
+    names: dict[str, frozenset[str]] = {}
 
     async def refused(request: Request, error: Exception) -> Response:
         problem = problems.as_problem(error)
         if problem.status_code >= 500:
             telemetry.failure(request.scope, error)
+        if web:
+            from filigrane.service.web import refusals
+
+            if refusals.for_people(request.scope):
+                return await refusals.full_page(request, error)
         return problems.response(problem)
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
+        schema = app.openapi()
         if not names:
-            names.append(_field_names(app.openapi()))
-        return problems.response(problems.validation_problem(error.errors(), names[0]))
+            names[""] = _field_names(schema, schema)
+        # What this operation takes, of all that the API knows.
+        place = f"{request.method} {getattr(request.scope.get('route'), 'path', '')}"
+        if place not in names:
+            method, _, path = place.partition(" ")
+            operation = schema["paths"].get(path, {}).get(method.lower(), {})
+            taken = {name: operation.get(name) for name in ("parameters", "requestBody")}
+            names[place] = _field_names(schema, taken)
+        return problems.response(
+            problems.validation_problem(error.errors(), names[""], offered=names[place])
+        )
 
     from filigrane.errors import FiligraneError
 
@@ -158,13 +188,20 @@ def _handle_errors(app: FastAPI) -> None:
     app.add_exception_handler(FiligraneError, refused)
 
 
-def _field_names(schema: dict[str, Any]) -> frozenset[str]:
-    """Every name of a field or parameter of the API: the only ones that an error may repeat."""
-    found = {"body", "query", "path", "header", "cookie"}
-    waiting: list[Any] = [schema]
+def _field_names(schema: dict[str, Any], part: object) -> frozenset[str]:
+    """Every name of a field or parameter in a part of the API's schema: of all of it, the only ones
+    that an error may repeat.
+    """
+    found = set(problems.PLACES)
+    waiting: list[Any] = [part]
+    followed: set[str] = set()
     while waiting:
         item = waiting.pop()
         if isinstance(item, dict):
+            reference = item.get("$ref")
+            if isinstance(reference, str) and reference not in followed:
+                followed.add(reference)
+                waiting.append(schema["components"]["schemas"][reference.rpartition("/")[2]])
             properties = item.get("properties")
             if isinstance(properties, dict):
                 found |= set(properties)
@@ -212,7 +249,10 @@ class _Answer:
     thread ends in its own time; what it says then is dropped.
     """
 
-    __slots__ = ("_headers", "_late", "_receive", "_scope", "_send", "_task", "_timer", "status")
+    __slots__ = (
+        *("_headers", "_late", "_receive", "_say", "_scope", "_send", "_task", "_timer"),
+        "status",
+    )
 
     def __init__(
         self,
@@ -221,8 +261,10 @@ class _Answer:
         send: Send,
         headers: tuple[tuple[bytes, bytes], ...],
         seconds: float,
+        say: Callable[[Scope, Problem], Response],
     ) -> None:
         self.status = 0
+        self._say = say
         self._scope, self._receive, self._send = scope, receive, send
         self._headers = headers
         self._late: asyncio.Task[None] | None = None
@@ -240,7 +282,7 @@ class _Answer:
     async def refuse(self, problem: Problem) -> None:
         """Answer with a problem, unless an answer has begun."""
         if not self.status:
-            await problems.response(problem)(self._scope, self._receive, self)
+            await self._say(self._scope, problem)(self._scope, self._receive, self)
 
     async def close(self) -> None:
         """Let the last word be sent."""
@@ -263,7 +305,7 @@ class _Answer:
 
     def _give_up(self) -> None:
         problem = Problem(503, "late", "This took too long and was given up.")
-        answer = problems.response(problem)(self._scope, self._receive, self._pass)
+        answer = self._say(self._scope, problem)(self._scope, self._receive, self._pass)
         self._late = asyncio.get_running_loop().create_task(answer)
         if self._task is not None:
             self._task.cancel()
@@ -287,13 +329,21 @@ class _Held:
 class Gate:
     """What every request passes, as pure ASGI: no task and no thread of its own.
 
-    first: path -> who may send a body there, asked before it is read.
+    first: path -> who may send a body there, asked before it is read; say: what a refusal of the
+    gate's own looks like.
     """
 
     def __init__(
-        self, app: ASGIApp, *, limits: Limits, tls: bool, first: Mapping[str, Require]
+        self,
+        app: ASGIApp,
+        *,
+        limits: Limits,
+        tls: bool,
+        first: Mapping[str, Require],
+        say: Callable[[Scope, Problem], Response] = _say,
     ) -> None:
         self._app = app
+        self._say = say
         self._limits = limits
         self._headers = (*_HEADERS, _HSTS) if tls else _HEADERS
         self._first = first
@@ -312,7 +362,7 @@ class Gate:
         started = time.perf_counter()
         limits = self._limits
         seconds = limits.trace_seconds if scope["path"] in _SLOW else limits.seconds
-        answer = _Answer(scope, receive, send, self._headers, seconds)
+        answer = _Answer(scope, receive, send, self._headers, seconds, self._say)
         sender, held = _address_of(scope), _Held()
         try:
             with telemetry.request_span(scope):

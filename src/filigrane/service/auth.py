@@ -12,13 +12,13 @@ from fastapi.openapi.models import HTTPBearer as HTTPBearerModel
 from fastapi.security.base import SecurityBase
 
 from filigrane.keys import _Secret
-from filigrane.service.problems import Problem, unauthorized
+from filigrane.service.problems import Problem, no_token, unauthorized
 
 if TYPE_CHECKING:
     from filigrane.service.office import Office
     from filigrane.store.records import Principal, Role
 
-__all__ = ["Require", "bearer", "check_roles", "office_of", "optional", "require", "unauthorized"]
+__all__ = ["Require", "bearer", "check_roles", "office_of", "optional", "require"]
 
 
 class Require(SecurityBase):
@@ -41,7 +41,7 @@ class Require(SecurityBase):
         token = bearer(request)
         if token is None:
             if self._needed:
-                raise unauthorized("send Authorization: Bearer TOKEN.", code="no_token")
+                raise no_token()
             return None
         office = office_of(request)
         principal = await office.gatekeeper.principal(token)

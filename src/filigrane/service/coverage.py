@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final, final
 
-from filigrane.custody.audit import Fact
+from filigrane.custody.chain import Fact
 from filigrane.errors import StateError
 from filigrane.schemes import SCHEMES
 from filigrane.serving.orders import REASONS, UNMARKED

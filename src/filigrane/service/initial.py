@@ -5,7 +5,6 @@ root key under a passphrase, an empty database, one tenant, and a token for each
 """
 
 import json
-import os
 import secrets
 import tempfile
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Final
 from filigrane.custody.hierarchy import check_name
 from filigrane.errors import FiligraneError
 from filigrane.keys import _Secret
+from filigrane.private_files import new_file
 from filigrane.service.settings import FILE, Settings
 
 __all__ = ["TOKENS", "write"]
@@ -116,6 +116,5 @@ def _fill(folder: Path, tenant: str) -> None:
 
 
 def _write(path: Path, text: _Secret[str]) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as out:
-        out.write(text.reveal())
+    with new_file(path) as out:
+        out.write(text.reveal().encode("utf-8"))

@@ -12,7 +12,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     from filigrane.service.office import Office
     from filigrane.store.records import Chunk
 
-__all__ = ["Item", "Options", "Worker", "read_items", "results_of"]
+__all__ = ["Item", "Options", "Waiting", "Worker", "read_items", "results_of"]
 
 _IDLE_S: Final = 1.0
 _BACK_OFF_S: Final = 2.0
 _STOP_S: Final = 10.0
+_REMIND_S: Final = 1.0
+_REMIND_MOST_S: Final = 60.0
 _GIVEN_UP: Final = "given up"
 
 
@@ -60,25 +62,66 @@ _ITEMS: Final = TypeAdapter(list[Item])
 def read_items(body: bytes, *, lines: bool, most: int, longest: int) -> list[Item]:
     """The items of a body: a JSON list, or (lines) one JSON object a line.
 
-    most: items; longest: tokens of one text, or four times as many characters. Raises Problem.
+    most: items; longest: tokens of one text, or four times as many characters. Raises Problem,
+    which names the line or the item, counted from 1 and from 0.
     """
+    items: list[Item] = []
+    places: list[str] = []
+    number = None
     try:
         if lines:
-            items = [Item.model_validate_json(line) for line in body.splitlines() if line.strip()]
+            for number, line in enumerate(body.splitlines(), 1):
+                if line.strip():
+                    items.append(Item.model_validate_json(line))
+                    places.append(f"line {number}")
         else:
             items = _ITEMS.validate_json(body)
+            places = [f"item {index}" for index in range(len(items))]
     except ValidationError as error:
         found = error.errors(include_input=False, include_url=False)
         names = frozenset(Item.model_fields)
-        raise problems.validation_problem(found, names) from None
+        raise problems.validation_problem(found, names, line=number) from None
     if not 1 <= len(items) <= most:
         raise Problem(422, "items", f"A job has 1 to {most} items; split it.")
-    for item in items:
+    for item, place in zip(items, places, strict=True):
         if len(item.tokens or ()) > longest or len(item.text or "") > 4 * longest:
             raise Problem(
-                422, "too_long", f"A text has at most {longest} tokens, or four times the letters."
+                422,
+                "too_long",
+                f"The text of {place} is too long; one has at most {longest} tokens, or four "
+                "times the letters.",
             )
     return items
+
+
+class Waiting:
+    """Says that jobs wait: at once, then after 1, 2, 4 ... 60 seconds, and at last that they go on.
+
+    timer: seconds, of any origin; it never goes back.
+    """
+
+    def __init__(self, *, timer: Callable[[], float] = time.monotonic) -> None:
+        self._timer = timer
+        self._error: str | None = None
+        self._count, self._pause, self._next = 0, 0.0, 0.0
+
+    def for_(self, error: FiligraneError) -> None:
+        """They cannot go on. Another class of error is said at once."""
+        now, name = self._timer(), type(error).__name__
+        if name != self._error:
+            self._error, self._count, self._pause, self._next = name, 0, _REMIND_S, now
+        self._count += 1
+        if now >= self._next:
+            fields = {"error": name, "count": self._count}
+            telemetry.event("job_waits", fields, level="warning")
+            self._next = now + self._pause
+            self._pause = min(2 * self._pause, _REMIND_MOST_S)
+
+    def over(self) -> None:
+        """They go on."""
+        if self._error is not None:
+            telemetry.event("job_goes_on", {"count": self._count})
+            self._error = None
 
 
 class Worker:
@@ -87,6 +130,7 @@ class Worker:
     def __init__(self, office: "Office") -> None:
         self._office = office
         self._upkeep = Upkeep(office)
+        self._waiting = Waiting()
         self._name = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._stopping = threading.Event()
         self._waking = threading.Event()
@@ -120,10 +164,12 @@ class Worker:
                 self._upkeep.run()
                 chunk = self._office.jobs.claim(self._name, self._lease_s, limit=self._chunk)
                 if chunk is not None:
-                    wait = 0.0 if self._do(chunk) else _BACK_OFF_S
+                    self._do(chunk)
+                    wait = 0.0
+                self._waiting.over()
             except (KmsError, StoreError) as error:
-                # Whatever was claimed comes back when its lease ends.
-                telemetry.event("job_waits", {"error": type(error).__name__}, level="warning")
+                # Whatever was claimed comes back when its lease ends, unless it was given back.
+                self._waiting.for_(error)
                 wait = _BACK_OFF_S
             except Exception as error:
                 # The thread has to outlive a fault of one chunk, which is given up in the end.
@@ -132,8 +178,10 @@ class Worker:
             if wait:
                 self._waking.wait(wait)
 
-    def _do(self, chunk: "Chunk") -> bool:
-        """Whether a chunk was worked through; False if something that it needs is missing."""
+    def _do(self, chunk: "Chunk") -> None:
+        """Work through a chunk. Raises KmsError or StoreError if something that it needs is
+        missing; then it was given back, if that could be done.
+        """
         jobs = self._office.jobs
         started = time.monotonic()
         results = []
@@ -142,20 +190,18 @@ class Worker:
             for _, content in chunk.items:
                 if self._stopping.is_set():
                     jobs.release(chunk)
-                    return True
+                    return
                 results.append(self._result(chunk.tenant, options, content))
             kept = jobs.finish(chunk, results)
-        except (KmsError, StoreError) as error:
-            telemetry.event("job_waits", {"error": type(error).__name__}, level="warning")
+        except (KmsError, StoreError):
             # If that fails too, the lease ends by itself.
             with contextlib.suppress(StoreError):
                 jobs.release(chunk)
-            return False
+            raise
         telemetry.JOB_ITEMS.labels("done" if kept else "dropped").inc(len(results))
         # A chunk should take a small part of its lease, or it is lost to the next worker.
         pace = (time.monotonic() - started) / len(results)
         self._chunk = max(1, min(self._most, int(self._lease_s / 8 / max(pace, 1e-6))))
-        return True
 
     def _result(self, tenant: str, options: Options, content: bytes) -> bytes:
         item = Item.model_validate_json(content)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from filigrane.adapters.leases.sealing import Lease, LeasedKey, seal
-from filigrane.custody.audit import Fact
+from filigrane.custody.chain import Fact
 from filigrane.errors import NotFound, StateError
 from filigrane.foreign import ForeignKey
 from filigrane.keys import _Secret

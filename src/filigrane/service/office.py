@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from filigrane.service.detecting import Detector
     from filigrane.service.gatekeeper import Gatekeeper
     from filigrane.service.leases import Leases
+    from filigrane.service.pace import Pace
     from filigrane.service.public import PublicLimits, PublicTier
     from filigrane.service.receipts import Receipts
     from filigrane.service.tokenizing import Tokenizers
@@ -47,6 +48,7 @@ class Office:
     tracer: "Tracer"
     receipts: "Receipts"
     public: "PublicTier"
+    pace: "Pace"
     leases: "Leases"
     coverage: "Coverage"
     _closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)
@@ -77,6 +79,7 @@ def open_office(settings: Settings) -> Office:
     from filigrane.service.detecting import Detector
     from filigrane.service.gatekeeper import Gatekeeper
     from filigrane.service.leases import Leases
+    from filigrane.service.pace import Pace
     from filigrane.service.public import PublicTier
     from filigrane.service.receipts import Receipts
     from filigrane.service.tokenizing import Tokenizers
@@ -123,6 +126,7 @@ def open_office(settings: Settings) -> Office:
             tracer=tracer,
             receipts=receipts,
             public=PublicTier(detector, _public_limits(settings)),
+            pace=Pace(settings.limits.expert_per_minute),
             leases=Leases(
                 keybook, access, log, lifetime_s=settings.engine.lease_s, clock=database.clock
             ),

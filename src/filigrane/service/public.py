@@ -37,7 +37,7 @@ import numpy.typing as npt
 from limits.storage import MemoryStorage
 from limits.strategies import FixedWindowRateLimiter
 
-from filigrane.errors import FiligraneError, ModelError, NotReady
+from filigrane.errors import BudgetSpent, FiligraneError, ModelError, NotReady
 from filigrane.service.contents import Cleaned, cleaned
 from filigrane.service.detecting import CAUTIONS, Detector, Finding, Query, Said, Verdict
 
@@ -45,7 +45,6 @@ __all__ = [
     "HEADLINES",
     "LIMITS",
     "TECHNIQUE",
-    "BudgetSpent",
     "NearDuplicates",
     "PublicAnswer",
     "PublicLimits",
@@ -100,17 +99,6 @@ _UNREAD: Final = frozenset({"stale_keys", "tokenizer_missing"})
 # Texts that are worked on at once, and how long others wait for a turn, seconds.
 _AT_ONCE: Final = max(2, os.cpu_count() or 2)
 _PATIENCE_S: Final = 2.0
-
-
-class BudgetSpent(FiligraneError):
-    """Somebody asked too often. reason: "identity", "network", "near_duplicates",
-    "receipts" or "length"; retry_after_s: when asking again makes sense.
-    """
-
-    def __init__(self, message: str, *, reason: str, retry_after_s: float) -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.retry_after_s = retry_after_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

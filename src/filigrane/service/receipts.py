@@ -35,7 +35,7 @@ from joserfc.errors import JoseError, UnsupportedAlgorithmError
 from joserfc.jwk import OKPKey
 
 from filigrane import __version__
-from filigrane.custody import audit, merkle
+from filigrane.custody import chain, checkpoints, merkle
 from filigrane.errors import AuditError, KmsError, NotFound, ReceiptError, StateError
 from filigrane.kms.base import KeyManagement
 from filigrane.service.contents import content_hash
@@ -169,7 +169,7 @@ def _signed(token: str, jwks: Mapping[str, Any]) -> dict[str, Any]:
             raise ReceiptError("this is signed, but it is no receipt of filigrane.")
         if not name.startswith("receipt-"):
             raise ReceiptError("this is not signed by a key for receipts.")
-        raw = audit.public_key(jwks, name).public_bytes_raw()
+        raw = checkpoints.public_key(jwks, name).public_bytes_raw()
         key = OKPKey.import_key({"kty": "OKP", "crv": "Ed25519", "x": _base64(raw)})
         if not jws.validate_compact(found, key, registry=_OnlyEdDSA()):
             raise ReceiptError(
@@ -236,16 +236,16 @@ def _with_commitment(receipt: Receipt, jwks: Mapping[str, Any]) -> Receipt:
     """The receipt with the time of its key's commitment, which the log proves."""
     try:
         mark = receipt.claims["mark"]
-        record = audit.Record.from_json(mark["record"])
-        point = audit.Checkpoint.from_json(mark["checkpoint"])
-        leaf = audit.link(bytes.fromhex(mark["previous"]), record)
+        record = chain.Record.from_json(mark["record"])
+        point = checkpoints.Checkpoint.from_json(mark["checkpoint"])
+        leaf = chain.link(bytes.fromhex(mark["previous"]), record)
         proof = [bytes.fromhex(part) for part in mark["inclusion"]]
         commitment = _text(mark["commitment"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         said = f": {error}" if isinstance(error, AuditError) else "."
         raise ReceiptError(f"this receipt's proof of its key cannot be read{said}") from None
     try:
-        audit.verify_checkpoint(point, jwks)
+        checkpoints.verify_checkpoint(point, jwks)
         merkle.verify_inclusion(leaf, record.index, point.size, proof, bytes.fromhex(point.root))
     except AuditError as error:
         raise ReceiptError(f"this receipt's key is not proved to be in the log: {error}") from None
@@ -301,7 +301,7 @@ class Receipts:
         self._log = log
         self._kms = kms
         self._clock = clock
-        self._signers = Signers(kms, audit.SIGN_RECEIPT)
+        self._signers = Signers(kms, checkpoints.SIGN_RECEIPT)
         self._material = Material(kms, secret_lifetime_s)
         self._lock = threading.Lock()
         self._proofs: OrderedDict[tuple[str, str], dict[str, Any]] = OrderedDict()

@@ -17,6 +17,7 @@ environment variable, never written here. Paths count from the file's own folder
 """
 
 import dataclasses
+import difflib
 import os
 import re
 import tomllib
@@ -30,7 +31,8 @@ from urllib.parse import parse_qsl, urlsplit
 
 from filigrane.custody.hierarchy import check_name
 from filigrane.errors import FiligraneError
-from filigrane.keys import _open_to_others, _Secret
+from filigrane.keys import _Secret
+from filigrane.private_files import open_to_others
 
 if TYPE_CHECKING:
     from filigrane.service.office import Office
@@ -165,7 +167,8 @@ class Limits:
     secret_lifetime_s: how long a tenant's secret stays in memory; token_cache_s: how long an
     answer about a token is believed, and outage_s while the database does not answer; job_chunk,
     job_lease_s: how many items a worker takes at a time, and for how long; job_days: how long
-    results are kept.
+    results are kept; expert_per_minute: texts that one process tests for one token of the expert
+    tier, jobs aside, of which one thread does one item after another.
     """
 
     body_bytes: int = 2_000_000
@@ -186,11 +189,13 @@ class Limits:
     job_chunk: int = 32
     job_lease_s: float = 60.0
     job_days: float = 7.0
+    expert_per_minute: int = 100_000
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             _within(f"limits.{item.name}", getattr(self, item.name), 1e-3, 1e12)
         _within("limits.job_items", self.job_items, 1, 10_000)
+        _within("limits.expert_per_minute", self.expert_per_minute, 1, 1e9)
         _within("limits.token_cache_s", self.token_cache_s, 0.001, 10)
         least = max(self.job_bytes, 4 * self.body_bytes)
         _within("limits.buffered_bytes", self.buffered_bytes, least, 1e12)
@@ -365,8 +370,9 @@ def settings_path(named: str | os.PathLike[str] | None) -> Path:
 def secret_line(path: Path, what: str) -> _Secret[str]:
     """The one line of a file that only its owner can read; FiligraneError otherwise."""
     try:
-        if _open_to_others(path.stat()):
-            raise FiligraneError(f"{what}: others may read {path}; run chmod 600 on it.")
+        exposed = open_to_others(path, path.stat())
+        if exposed is not None:
+            raise FiligraneError(f"{what}: {path}: {exposed}.")
         text = _Secret(path.read_text("utf-8").strip("\r\n"))
     except (OSError, UnicodeDecodeError):
         raise FiligraneError(f"{what}: {path} cannot be read; write the secret into it.") from None
@@ -433,9 +439,13 @@ def _plain(hint: Any) -> Any:
 def _only(where: str, table: Mapping[str, object], known: set[str]) -> None:
     unknown = sorted(set(table) - known)
     if unknown:
-        raise FiligraneError(
-            f"{where} has {', '.join(unknown)}; known are {', '.join(sorted(known))}."
-        )
+        said = ", ".join(name + _instead_of(name, known) for name in unknown)
+        raise FiligraneError(f"{where} has {said}; known are {', '.join(sorted(known))}.")
+
+
+def _instead_of(name: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:

@@ -4,7 +4,9 @@ A trace reads the keys of up to millions of users at once, on all processors: re
 for their turn, a few of them and not for long, and more are turned away. All that decides who is
 named is part of what was agreed on: the text by its content's name in the log, keys, users, alpha,
 how many candidates are shown, and the tokenizer. An approval is used up when a trace begins, and
-nothing begins that would not end in time.
+nothing begins that would not end in time. An answer that got lost on its way can be had again, by
+the officer who asked and until the approval expires: nothing was kept of it, so it is computed
+again, and logged again as a repeat.
 """
 
 import contextlib
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 from filigrane import stats
 from filigrane.contexts import TokenIds, as_token_ids
 from filigrane.custody.states import State
-from filigrane.errors import FiligraneError, StateError
+from filigrane.errors import Busy, FiligraneError, StateError
 from filigrane.keys import Key
 from filigrane.schemes import from_tag
 from filigrane.service.contents import content_hash
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from filigrane.store.log import Log
     from filigrane.store.records import Approval, Principal, VersionRecord
 
-__all__ = ["MAX_READINGS", "MAX_TESTS", "MAX_USERS", "Busy", "Named", "Traced", "Tracer"]
+__all__ = ["MAX_READINGS", "MAX_TESTS", "MAX_USERS", "Named", "Traced", "Tracer"]
 
 MAX_USERS: Final = 10_000_000
 MAX_KEYS: Final = 64
@@ -41,10 +43,6 @@ MAX_TESTS: Final = 20_000_000
 MAX_READINGS: Final = 4_000_000_000
 """Of one trace: tests, times tokens; half a minute to a minute of two processors."""
 _SUBJECT: Final = 200
-
-
-class Busy(FiligraneError):
-    """As many traces as may wait are waiting; try again in a moment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,8 +134,9 @@ class Tracer:
         """Find the users whose mark the text carries.
 
         users: indices, step 1, at most 10,000,000; approval: the id of one that a second officer
-        gave, and which this uses up, in the log, before anything is computed; top: how many
-        candidates to report. Whether anybody was named is in the log before this returns. A
+        gave, and which this uses up, in the log, before anything is computed; only the same officer
+        can use it again, for the same until it expires; top: how many candidates to report. Whether
+        anybody was named is in the log before this returns. A
         compromised key names nobody. Raises StateError for an approval that is not one for this, or
         for more than can be computed in time, Busy, NotFound, ModelError, TokenError, TooShort.
         """
@@ -150,7 +149,7 @@ class Tracer:
         _check_size(records, users, ids)
         with self._in_turn():
             agreed = self._access.spend_approval(
-                who.tenant, approval, kind="trace", subject=subject, actor=who.name
+                who.tenant, approval, kind="trace", subject=subject, actor=who.name, again=True
             )
             found = self._run(query, users, records, keys, ids, top, agreed)
         outcome = "named" if found.named else "nobody"

@@ -205,12 +205,13 @@ def _key(
         of_tenant = keyring.tenants.get(tenant or "")
         key_id = (of_tenant.default if of_tenant else None) or keyring.default
         if key_id is None:
-            raise _no("no_key", "name a key in filigrane_key; this server has no default.")
+            raise _no("no_key", _without_default(keyring, tenant))
     root, slash, index = str(key_id).partition("/")
     entry = keyring.entry(root)
     # One answer for both: whether another tenant has a key of that name is none of theirs.
     if entry is None or entry.tenant not in (None, tenant):
-        raise _no("unknown_key", f"no key {_short(root)} here for this tenant.")
+        whose = "a request without a tenant" if tenant is None else "this tenant"
+        raise _no("unknown_key", f"no key {_short(root)} here for {whose}.")
     if entry.state == "staged":
         raise _no("staged_key", f"key {entry.id} is staged: it marks when it is promoted.")
     if not entry.active:
@@ -220,6 +221,21 @@ def _key(
     if not (index.isascii() and index.isdigit() and len(index) <= 20 and int(index) <= MAX_INDEX):
         raise _no("malformed", "after the slash of a key id comes a user's number, as in acme/17.")
     return entry, entry.key.user(int(index)), f"{entry.id}/{int(index)}"
+
+
+def _without_default(keyring: Keyring, tenant: str | None) -> str:
+    """What is missing where a request names no key and none is the default."""
+    if tenant is not None:
+        return (
+            f"tenant {tenant} has no default key here: name one in filigrane_key, or have default "
+            f"set in [tenants.{tenant}] of the keyring."
+        )
+    if keyring.entries and all(entry.tenant is not None for entry in keyring.entries.values()):
+        return (
+            "all keys of this server belong to tenants, and the request says of none that it is "
+            "theirs: send the tenant's bearer token, or have the gateway set filigrane_tenant."
+        )
+    return "name a key in filigrane_key; this server has no default."
 
 
 def _scheme(entry: Entry, given: Mapping[str, object]) -> Scheme:

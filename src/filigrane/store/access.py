@@ -15,7 +15,7 @@ from typing import Any, Final, final
 
 from sqlalchemy import Connection, Row, insert, select, update
 
-from filigrane.custody.audit import Fact
+from filigrane.custody.chain import Fact
 from filigrane.custody.hierarchy import check_name
 from filigrane.errors import AlreadyExists, KeyFormatError, NotFound, StateError
 from filigrane.store import tables
@@ -347,19 +347,24 @@ class Access:
         kind: str,
         subject: str,
         actor: str,
+        again: bool = False,
         connection: Connection | None = None,
     ) -> Approval:
         """Use an approval, which can be done once.
 
-        connection: of a transaction of this tenant, with which it is used or not. Raises NotFound,
-        StateError if it is for something else, was used, expired, nobody approved, or the token of
-        one of the two was revoked since.
+        again: whether who used it may use it for the same thing until it expires, for what changes
+        nothing and whose answer can get lost; the log calls that approval.repeat. connection: of a
+        transaction of this tenant, with which it is used or not. Raises NotFound, StateError if it
+        is for something else, was used, expired, nobody approved, or the token of one of the two
+        was revoked since.
         """
         at = self._database.clock()
         if connection is not None:
-            return spend_approval(connection, tenant, approval_id, kind, subject, actor, at)
+            return spend_approval(
+                connection, tenant, approval_id, kind, subject, actor, at, again=again
+            )
         with self._database.tenant(tenant) as own:
-            return spend_approval(own, tenant, approval_id, kind, subject, actor, at)
+            return spend_approval(own, tenant, approval_id, kind, subject, actor, at, again=again)
 
 
 def spend_approval(
@@ -370,6 +375,8 @@ def spend_approval(
     subject: str,
     actor: str,
     at: datetime,
+    *,
+    again: bool = False,
 ) -> Approval:
     """`Access.spend_approval` inside a transaction. actor: one of the two people, by name."""
     lock_tenant(connection, tenant)
@@ -381,7 +388,8 @@ def spend_approval(
         )
     if found.approved_by is None:
         raise StateError(f"approval {approval_id} waits for a second person.")
-    if found.used_at is not None:
+    repeated = found.used_at is not None
+    if repeated and not (again and found.used_by == actor):
         raise StateError(f"approval {approval_id} was used before; ask for another one.")
     if found.expires_at <= at:
         raise StateError(f"approval {approval_id} expired; ask for another one.")
@@ -390,9 +398,11 @@ def spend_approval(
     _require_unrevoked(connection, tenant, approval_id)
     table = tables.approvals
     here = (table.c.tenant == tenant) & (table.c.id == approval_id)
-    connection.execute(update(table).where(here).values(used_at=stamp(at)))
+    if not repeated:
+        connection.execute(update(table).where(here).values(used_at=stamp(at), used_by=actor))
     facts = {"approval": approval_id, "for": kind, "subject": subject}
-    append(connection, tenant, stamp(at), actor, "approval.use", facts)
+    did = "approval.repeat" if repeated else "approval.use"
+    append(connection, tenant, stamp(at), actor, did, facts)
     return _find_approval(connection, tenant, approval_id)
 
 
@@ -532,4 +542,5 @@ def _approval(row: Row[Any]) -> Approval:
         approved_by=row.approved_by,
         approved_at=maybe(row.approved_at),
         used_at=maybe(row.used_at),
+        used_by=row.used_by,
     )

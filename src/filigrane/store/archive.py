@@ -21,7 +21,8 @@ from typing import Any, Final
 from cryptography.exceptions import InvalidSignature
 from sqlalchemy import Connection, LargeBinary, Table, insert, select
 
-from filigrane.custody import audit
+from filigrane.custody import checkpoints, verification
+from filigrane.custody.chain import Fact
 from filigrane.custody.hierarchy import KeySpec, check_name, key_id
 from filigrane.errors import AlreadyExists, AuditError, FiligraneError
 from filigrane.store import tables
@@ -64,7 +65,7 @@ def restore(database: Database, log: Log, data: bytes, actor: str) -> int:
     body = _opened(data, log.jwks())
     tenant = str(body["tenant"])
     check_name("tenant", tenant)
-    report = audit.verify_log(body["log"], log.jwks())
+    report = verification.verify_log(body["log"], log.jwks())
     if report.tenant != tenant:
         raise AuditError(f"this archive of {tenant} holds the log of {report.tenant}.")
     _require_commitments(body)
@@ -85,7 +86,7 @@ def restore(database: Database, log: Log, data: bytes, actor: str) -> int:
             _insert(connection, table, [_row(table, tenant, row) for row in body[table.name]])
         _insert_log(connection, tenant, body["log"])
         lock_tenant(connection, tenant)
-        facts: dict[str, audit.Fact] = {
+        facts: dict[str, Fact] = {
             "made_at": str(body["at"]),
             "versions": len(body["versions"]),
             "sha256": hashlib.sha256(data).hexdigest(),
@@ -104,7 +105,7 @@ def _log_lines(connection: Connection, tenant: str) -> list[dict[str, Any]]:
     out = io.BytesIO()
     export_log(connection, tenant, out)
     out.seek(0)
-    return list(audit.read_lines(out))
+    return list(verification.read_lines(out))
 
 
 def _rows(connection: Connection, table: Table, tenant: str) -> list[dict[str, Any]]:
@@ -181,7 +182,7 @@ def _opened(data: bytes, jwks: Mapping[str, Any]) -> Mapping[str, Any]:
             raise
         raise damaged from None
     try:
-        audit.public_key(jwks, name).verify(raw, _signed(body))
+        checkpoints.public_key(jwks, name).verify(raw, _signed(body))
     except (InvalidSignature, AuditError):
         raise AuditError(
             "this archive was altered, or was made under another root: nothing was restored."

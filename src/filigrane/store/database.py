@@ -2,14 +2,13 @@
 
 On PostgreSQL every transaction says first whose it is, and row-level security shows and lets it
 change nothing else, whatever the statements say. On SQLite all statements come from this package
-and name the tenant. Database errors leave as StoreError or AlreadyExists: their own messages, which
-repeat statements and values, stay inside.
+and name the tenant. Database errors leave as AlreadyExists or as a StoreError whose class says what
+heals it: their own messages, which repeat statements and values, stay inside.
 """
 
 import contextlib
 import os
 import re
-import stat
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any, Final, Self, final
@@ -18,7 +17,18 @@ from sqlalchemy import Connection, Engine, create_engine, event, exc, select, te
 from sqlalchemy.engine import URL, make_url
 
 from filigrane.custody.hierarchy import check_name
-from filigrane.errors import AlreadyExists, MissingDependency, NotFound, StoreError
+from filigrane.errors import (
+    AlreadyExists,
+    MissingDependency,
+    NotFound,
+    StoreDamaged,
+    StoreError,
+    StoreFull,
+    StoreReadOnly,
+    StoreUnavailable,
+    StoreVersionError,
+)
+from filigrane.private_files import new_file, open_to_others, why_not
 from filigrane.store import tables
 
 __all__ = ["Clock", "Database", "migrate", "moment", "now", "stamp"]
@@ -247,11 +257,14 @@ def _sqlite(url: URL, must_exist: bool) -> Engine:
         if must_exist:
             raise StoreError(f"{path} does not exist; make it with `filigrane keys migrate`.")
         try:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+            with new_file(path):
+                pass  # empty: SQLite fills it
         except OSError as error:
-            raise StoreError(f"{path} cannot be made: {error.strerror}.") from None
-    elif os.name == "posix" and os.stat(path).st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise StoreError(f"others may read {path}; run `chmod 600 {path}`.")
+            raise StoreError(f"{path}: {why_not(error)}.") from None
+    else:
+        exposed = open_to_others(path, os.stat(path))
+        if exposed is not None:
+            raise StoreError(f"{path}: {exposed}.")
     engine = create_engine(url, hide_parameters=True, connect_args={"timeout": _BUSY_S})
 
     @event.listens_for(engine, "connect")
@@ -275,8 +288,8 @@ def _revision(connection: Connection) -> str | None:
     return None if found is None else str(found)
 
 
-def _newer(revision: str) -> StoreError:
-    return StoreError(
+def _newer(revision: str) -> StoreVersionError:
+    return StoreVersionError(
         f"the database has tables of a newer filigrane ({revision}; this one knows "
         f"{tables.HEAD}): use a newer filigrane."
     )
@@ -289,7 +302,7 @@ def _require_schema(connection: Connection) -> None:
     if revision is not None and revision not in tables.REVISIONS:
         raise _newer(revision)
     was = "no tables yet" if revision is None else f"tables of an older filigrane ({revision})"
-    raise StoreError(f"the database has {was}: run `filigrane keys migrate`.")
+    raise StoreVersionError(f"the database has {was}: run `filigrane keys migrate`.")
 
 
 def _require_humble(connection: Connection) -> None:
@@ -344,7 +357,8 @@ def _plain_errors(url: URL) -> Iterator[None]:
     except exc.IntegrityError as error:
         raise _refused(error) from None
     except exc.SQLAlchemyError as error:
-        raise StoreError(f"{_shown(url)}: {_reason(error, url.username)}") from None
+        kind, reason = _reason(error, url.username)
+        raise kind(f"{_shown(url)}: {reason}") from None
 
 
 def _refused(error: exc.IntegrityError) -> AlreadyExists | StoreError:
@@ -360,78 +374,106 @@ def _refused(error: exc.IntegrityError) -> AlreadyExists | StoreError:
     return StoreError("the database refused a row that contradicts the others; nothing changed.")
 
 
-_STALE: Final = (
-    "the tables are not this version's: run `filigrane keys migrate`, or restore a backup"
+_Meaning = tuple[type[StoreError], str]
+
+_STALE: Final[_Meaning] = (
+    StoreVersionError,
+    "the tables are not this version's: run `filigrane keys migrate`, or restore a backup",
 )
-_FULL: Final = "the disk is full, there is no room left; nothing was changed. Free some."
-_BUSY: Final = "somebody else has been writing for 10 s; try again."
-_DENIED: Final = (
+_FULL: Final[_Meaning] = (
+    StoreFull,
+    "the disk is full, there is no room left; nothing was changed. Free some.",
+)
+_BUSY: Final[_Meaning] = (StoreUnavailable, "somebody else has been writing for 10 s; try again.")
+_RACE: Final[_Meaning] = (
+    StoreUnavailable,
+    "others changed the same at the same time; try again.",
+)
+_DAMAGED: Final[_Meaning] = (StoreDamaged, "it is damaged; restore it from a backup.")
+_DENIED: Final[_Meaning] = (
+    StoreError,
     "{role} may not do that: run `filigrane keys migrate --service-role {name}` with the settings "
-    "of the role that owns the tables"
+    "of the role that owns the tables",
 )
 
-_PHRASES: Final = {
+_PHRASES: Final[dict[str, _Meaning]] = {
     "database or disk is full": _FULL,
     "No space left": _FULL,
     "database is locked": _BUSY,
-    "readonly database": "it is read-only; check the permissions of the file and its folder.",
-    "append-only": "the audit log is append-only; nothing was changed.",
-    "row-level security": "row-level security refused this; nothing was changed.",
-    "unable to open database file": "the file cannot be opened; check its path and permissions.",
-    "not a database": "the file is not a database of SQLite.",
-    "malformed": "the file is damaged; restore it from a backup.",
-    "disk I/O error": "the disk does not answer as it should; nothing was changed.",
-    "password authentication failed": "the role or its password is not accepted.",
-    "no password supplied": "the role needs a password.",
-    "no such table": f"{_STALE}.",
-    "no such column": f"{_STALE}.",
-    "has no column named": f"{_STALE}.",
-    "does not exist": "there is no such database or role.",
-    "permission denied": f"{_DENIED}.",
+    "readonly database": (
+        StoreReadOnly,
+        "it is read-only; check the permissions of the file and its folder.",
+    ),
+    "append-only": (StoreError, "the audit log is append-only; nothing was changed."),
+    "row-level security": (StoreError, "row-level security refused this; nothing was changed."),
+    "unable to open database file": (
+        StoreError,
+        "the file cannot be opened; check its path and permissions.",
+    ),
+    "not a database": (StoreDamaged, "the file is not a database of SQLite."),
+    "malformed": (StoreDamaged, "the file is damaged; restore it from a backup."),
+    "disk I/O error": (
+        StoreError,
+        "the disk does not answer as it should; nothing was changed.",
+    ),
+    "password authentication failed": (
+        StoreError,
+        "the role or its password is not accepted.",
+    ),
+    "no password supplied": (StoreError, "the role needs a password."),
+    "no such table": _STALE,
+    "no such column": _STALE,
+    "has no column named": _STALE,
+    "does not exist": (StoreError, "there is no such database or role."),
+    "permission denied": _DENIED,
 }
 """What databases say -> what to tell. Their words may hold values, so only ours are passed on."""
 
-_STATES: Final = {
+_STATES: Final[dict[str, _Meaning]] = {
     "42501": _DENIED,
     "42P01": _STALE,
     "42703": _STALE,
     "42883": _STALE,
     "3F000": _STALE,
     "53100": _FULL,
-    "53300": "it has too many connections; try again later.",
+    "53300": (StoreUnavailable, "it has too many connections; try again later."),
     "55P03": _BUSY,
-    "57014": "it took longer than 60 s; nothing was changed.",
-    "25006": "it is read-only; nothing was changed.",
-    "40001": "others changed the same at the same time; try again.",
-    "40P01": "others changed the same at the same time; try again.",
-    "58030": "its disk does not answer as it should; nothing was changed.",
-    "XX001": "it is damaged; restore it from a backup.",
-    "XX002": "it is damaged; restore it from a backup.",
+    "57014": (StoreUnavailable, "it took longer than 60 s; nothing was changed."),
+    "25006": (StoreReadOnly, "it is read-only; nothing was changed."),
+    "40001": _RACE,
+    "40P01": _RACE,
+    "58030": (StoreError, "its disk does not answer as it should; nothing was changed."),
+    "XX001": _DAMAGED,
+    "XX002": _DAMAGED,
 }
 """SQLSTATE of PostgreSQL -> what to tell; where no stop ends it, the code is told, too."""
 
 
-def _reason(error: exc.SQLAlchemyError, user: str | None) -> str:
+def _reason(error: exc.SQLAlchemyError, user: str | None) -> _Meaning:
     if isinstance(error, exc.TimeoutError):
-        return "all connections have been busy for 10 s; try again."
+        return StoreUnavailable, "all connections have been busy for 10 s; try again."
     own = getattr(error, "orig", None) or error
-    said, kind = str(own), type(own).__name__
+    said, name = str(own), type(own).__name__
     state = getattr(own, "sqlstate", None)
     named = {
         "role": "this role" if user is None else f"the role {user}",
         "name": user or "ROLE",
     }
     if "row-level security" not in said and "append-only" not in said and state in _STATES:
-        meaning = _STATES[state].format(**named)
-        return meaning if meaning.endswith(".") else f"{meaning} ({kind}, {state})."
+        kind, meaning = _STATES[state]
+        meaning = meaning.format(**named)
+        return kind, meaning if meaning.endswith(".") else f"{meaning} ({name}, {state})."
     if state is None or state == "42501" or state[:2] not in ("08", "57"):
-        for phrase, meaning in _PHRASES.items():
+        for phrase, (kind, meaning) in _PHRASES.items():
             if phrase in said:
-                return meaning.format(**named)
+                return kind, meaning.format(**named).removesuffix(".") + "."
     # Of what has a code, only lost connections and a server that is stopped heal by themselves.
     code = state or getattr(own, "sqlite_errorname", None)
     if code is None or code[:2] in ("08", "57"):
         if isinstance(error, exc.OperationalError | exc.InterfaceError):
-            return "it does not answer; nothing was changed. See whether it runs, then try again."
-        return f"it refused, and trying again does not help ({kind})."
-    return f"it refused, and trying again does not help ({kind}, {code})."
+            return (
+                StoreUnavailable,
+                "it does not answer; nothing was changed. See whether it runs, then try again.",
+            )
+        return StoreError, f"it refused, and trying again does not help ({name})."
+    return StoreError, f"it refused, and trying again does not help ({name}, {code})."

@@ -229,7 +229,7 @@ class Jobs:
         with self._database.tenant(tenant) as connection:
             lock_tenant(connection, tenant)
             found = _job(connection, tenant, job)
-            if found.state is not JobState.WAITING:
+            if found.state.ended:
                 raise StateError(f"job {job} is {found.state}; there is nothing to cancel.")
             table = tables.items
             here = (table.c.tenant == tenant) & (table.c.job == job)
@@ -410,11 +410,15 @@ def _job(connection: Connection, tenant: str, job: str) -> JobRecord:
 
 
 def _record(row: Row[Any]) -> JobRecord:
+    state = JobState(row.state)
+    if state is JobState.WAITING and row.n_done:
+        # The table has one word for all that goes on: the count of items says which it is.
+        state = JobState.RUNNING
     return JobRecord(
         tenant=row.tenant,
         id=row.id,
         who=row.who,
-        state=JobState(row.state),
+        state=state,
         options=row.options,
         n_items=row.n_items,
         n_done=row.n_done,
@@ -456,7 +460,7 @@ def _done(
 def _settle(connection: Connection, tenant: str, job: str, at: str) -> None:
     """End a job whose last item was done."""
     found = _job(connection, tenant, job)
-    if found.state is JobState.WAITING and found.n_done == found.n_items:
+    if not found.state.ended and found.n_done == found.n_items:
         _end(connection, tenant, job, JobState.DONE, at)
 
 

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 from sqlalchemy import Connection, Row, and_, func, insert, select, update
 
-from filigrane.custody.audit import Fact
+from filigrane.custody.chain import Fact
 from filigrane.custody.hierarchy import MAX_VERSION, KeySpec, TenantSecret, check_name, key_id
 from filigrane.custody.states import State, require_move
-from filigrane.errors import AlreadyExists, KeyFormatError, NotFound, StateError, StoreError
+from filigrane.errors import AlreadyExists, KeyFormatError, NotFound, StateError, StoreDamaged
 from filigrane.foreign import ForeignKey
 from filigrane.keys import Key
 from filigrane.kms.base import KeyManagement
@@ -326,7 +326,7 @@ class KeyBook:
                 spec, number, bytes(row.wrapped_key), bytes(row.sealed)
             )
         if not hmac.compare_digest(told, record.commitment):
-            raise StoreError(
+            raise StoreDamaged(
                 f"{record.id} is not the key that its commitment promised: the root is another one "
                 "or the database was altered. Restore both from backups that belong together."
             )

@@ -1,7 +1,7 @@
 """The audit log of each tenant in the database: appended to, signed, proved and exported.
 
-What a log is, and how others verify it, stands in `filigrane.custody.audit`; this module knows
-where its rows are. Signing keys come from the key management system and live in memory only.
+What a log is, and how others verify it, stands in `filigrane.custody`; this module knows where its
+rows are. Signing keys come from the key management system and live in memory only.
 """
 
 import collections
@@ -13,8 +13,9 @@ from typing import Any, BinaryIO, Final, final
 
 from sqlalchemy import Connection, Row, func, insert, select
 
-from filigrane.custody import audit
-from filigrane.custody.audit import Checkpoint, Fact, Record, Signer
+from filigrane.custody import chain, checkpoints
+from filigrane.custody.chain import Fact, Record
+from filigrane.custody.checkpoints import Checkpoint, Signer
 from filigrane.custody.merkle import Tree
 from filigrane.errors import AuditError, NotFound
 from filigrane.kms.base import KeyManagement
@@ -32,10 +33,10 @@ class Signers:
     """The signing keys of all versions of the root for one purpose; made once, kept in memory."""
 
     def __init__(self, kms: KeyManagement, purpose: bytes) -> None:
-        """purpose: audit.SIGN_LOG or audit.SIGN_RECEIPT."""
+        """purpose: checkpoints.SIGN_LOG or checkpoints.SIGN_RECEIPT."""
         self._kms = kms
         self._purpose = purpose
-        self._name = {audit.SIGN_LOG: "log", audit.SIGN_RECEIPT: "receipt"}[purpose]
+        self._name = {checkpoints.SIGN_LOG: "log", checkpoints.SIGN_RECEIPT: "receipt"}[purpose]
         self._made: dict[int, Signer] = {}
         self._turn = threading.Lock()
 
@@ -51,7 +52,7 @@ class Signers:
         with self._turn:
             if version not in self._made:
                 mac = self._kms.mac(version, self._purpose)
-                self._made[version] = audit.signer(mac, f"{self._name}-{version}")
+                self._made[version] = checkpoints.signer(mac, f"{self._name}-{version}")
             return self._made[version]
 
 
@@ -61,7 +62,7 @@ class Log:
 
     def __init__(self, database: Database, kms: KeyManagement) -> None:
         self._database = database
-        self._signers = Signers(kms, audit.SIGN_LOG)
+        self._signers = Signers(kms, checkpoints.SIGN_LOG)
         self._trees: collections.OrderedDict[str, tuple[Tree, bytes]] = collections.OrderedDict()
         self._turn = threading.Lock()
         self._damaged: dict[str, str] = {}
@@ -112,7 +113,7 @@ class Log:
                 known = _checkpoint(connection, tenant, len(tree))
                 if known is not None:
                     return known
-                point = audit.sign_checkpoint(
+                point = checkpoints.sign_checkpoint(
                     tenant,
                     size=len(tree),
                     head=head,
@@ -174,7 +175,7 @@ class Log:
             return [part.hex() for part in tree.consistency(old, size)]
 
     def export(self, tenant: str, out: BinaryIO) -> int:
-        """Write the log as JSON lines, as `audit.verify_log` reads it; how many records.
+        """Write the log as JSON lines, as `verification.verify_log` reads it; how many records.
 
         First {"jwks": ...}, for convenience: it proves nothing; then records, each checkpoint after
         the last record that it covers. The last line is a checkpoint over all of it, signed now if
@@ -218,10 +219,10 @@ class Log:
         over them. Raises AuditError.
         """
         with self._turn:
-            tree, head = self._trees.pop(tenant, (Tree(), audit.genesis(tenant)))
+            tree, head = self._trees.pop(tenant, (Tree(), chain.genesis(tenant)))
             if len(tree) and _hash(connection, tenant, len(tree) - 1) != head:
                 # Another database than before, or one that was restored.
-                tree, head = Tree(), audit.genesis(tenant)
+                tree, head = Tree(), chain.genesis(tenant)
             try:
                 head = self._extend(connection, tenant, tree, head)
             except AuditError as error:
@@ -240,7 +241,7 @@ class Log:
         self._hold(points, jwks, tree, head)
         for row in rows(connection, tenant, len(tree), None):
             record = _record(row)
-            head = audit.link(head, record)
+            head = chain.link(head, record)
             if record.index != len(tree) or head != bytes(row.hash):
                 raise AuditError(
                     f"record {len(tree)} of {tenant}'s log was altered or removed in the "
@@ -266,7 +267,7 @@ class Log:
         if not points or points[0].size != len(tree):
             return
         point = points.popleft()
-        audit.verify_checkpoint(point, jwks)
+        checkpoints.verify_checkpoint(point, jwks)
         if (point.head, point.root) != (head.hex(), tree.root().hex()):
             raise AuditError(
                 f"the first {point.size} records of {point.tenant}'s log are not those that were "
@@ -297,7 +298,7 @@ def append(
             actor=actor,
             kind=kind,
             facts=json.dumps(dict(record.facts), sort_keys=True, separators=(",", ":")),
-            hash=audit.link(previous, record),
+            hash=chain.link(previous, record),
         )
     )
     return index
@@ -349,7 +350,7 @@ def _size(connection: Connection, tenant: str) -> int:
 def _hash(connection: Connection, tenant: str, index: int) -> bytes | None:
     """The hash of a record, genesis before the first one; None if there is no such record."""
     if index < 0:
-        return audit.genesis(tenant)
+        return chain.genesis(tenant)
     table = tables.log
     found = connection.scalar(
         select(table.c.hash).where(table.c.tenant == tenant, table.c.position == index)

@@ -30,7 +30,7 @@ from filigrane.custody.hierarchy import (
     key_id,
     tenant_message,
 )
-from filigrane.errors import KeyFormatError, StoreError
+from filigrane.errors import KeyFormatError, StoreDamaged
 from filigrane.foreign import ForeignKey, KeyForm
 from filigrane.foreign import from_tag as profile_from_tag
 from filigrane.keys import Key, _lp, _Secret
@@ -161,12 +161,12 @@ def seal(data_key: _Secret[bytes], data: _Secret[bytes], context: bytes) -> byte
 
 
 def open_sealed(data_key: _Secret[bytes], sealed: bytes, context: bytes) -> _Secret[bytes]:
-    """What `seal` encrypted; StoreError if it was altered or belongs elsewhere."""
+    """What `seal` encrypted; StoreDamaged if it was altered or belongs elsewhere."""
     nonce, rest = sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:]
     try:
         return _Secret(AESGCM(data_key.reveal()).decrypt(nonce, rest, context))
     except (InvalidTag, ValueError):
-        raise StoreError(
+        raise StoreDamaged(
             "what lies encrypted in the database was altered or moved; restore it from a backup."
         ) from None
 

@@ -153,7 +153,7 @@ class Approval:
     """What two people agree on before it happens, once.
 
     kind: one of APPROVAL_ROLES; subject: what it is for, such as the id of a version; purpose: why,
-    in words; approved_by: the second person, when there is one.
+    in words; approved_by: the second person, when there is one; used_by: which of the two used it.
     """
 
     id: str
@@ -167,14 +167,23 @@ class Approval:
     approved_by: str | None = None
     approved_at: datetime | None = None
     used_at: datetime | None = None
+    used_by: str | None = None
 
 
 class JobState(enum.StrEnum):
-    """What has become of a job."""
+    """What has become of a job: waiting (no item is done yet), running (some are), done (all are),
+    or cancelled. The first two go on by themselves, the last two are for good.
+    """
 
     WAITING = "waiting"
+    RUNNING = "running"
     DONE = "done"
     CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more is going to be done."""
+        return self in (JobState.DONE, JobState.CANCELLED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

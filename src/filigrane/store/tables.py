@@ -175,6 +175,7 @@ approvals: Final = Table(
     Column("approved_token", String(12)),
     _time("approved_at", nullable=True),
     _time("used_at", nullable=True),
+    Column("used_by", String(64)),
     _of_tenant(),
     CheckConstraint("approved_by <> requested_by", name="two_people"),
     CheckConstraint("used_at IS NULL OR approved_by IS NOT NULL", name="approved_first"),
@@ -260,7 +261,7 @@ CHANGES: Final = {
     ),
     "engines": ("last_seen_at", "revoked_at"),
     "tokens": ("revoked_at",),
-    "approvals": ("approved_by", "approved_token", "approved_at", "used_at"),
+    "approvals": ("approved_by", "approved_token", "approved_at", "used_at", "used_by"),
     "jobs": ("state", "n_done", "n_failed", "finished_at", "items_key", "results_key"),
     "items": ("content", "result", "attempts", "lease", "lease_until"),
 }

@@ -26,7 +26,8 @@ from filigrane.adapters.leases.metrics import Counts
 from filigrane.adapters.leases.proof import prove
 from filigrane.adapters.leases.sealing import Identity, Lease, new_nonce, unseal
 from filigrane.errors import EndpointError, FiligraneError, MissingDependency
-from filigrane.keys import _open_to_others, _Secret
+from filigrane.keys import _Secret
+from filigrane.private_files import open_to_others
 from filigrane.serving.orders import now
 
 try:
@@ -229,8 +230,11 @@ def read_token(path: str | os.PathLike[str]) -> _Secret[str]:
         raise EndpointError(
             f"the token file {shown} cannot be read: write the engine's token into it."
         ) from None
-    if os.name == "posix" and _open_to_others(about):
-        raise EndpointError(f"the token file {shown} can be read by others: chmod 600.")
+    exposed = open_to_others(path, about)
+    if exposed is not None:
+        raise EndpointError(
+            f"{shown}: {exposed}; and if somebody may have read the token, take out another."
+        )
     if not text.reveal() or not text.reveal().isprintable() or " " in text.reveal():
         raise EndpointError(f"the token file {shown} does not hold one token.")
     return text

@@ -22,6 +22,7 @@ from typing import Any, Final, Self, final
 from filigrane.adapters.leases.sealing import Lease, LeasedKey
 from filigrane.errors import KeyFormatError, KeyringError
 from filigrane.keys import Key, _Secret
+from filigrane.private_files import new_file
 from filigrane.serving.keyring import FILE, Keyring
 
 __all__ = ["BASE", "LEASES", "LeaseFolder", "Leased"]
@@ -320,11 +321,8 @@ def _replace(path: Path, text: str) -> None:
     try:
         with suppress(FileNotFoundError):
             temporary.unlink()
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(held.reveal())
-            file.flush()
-            os.fsync(file.fileno())
+        with new_file(temporary) as out:
+            out.write(held.reveal().encode("utf-8"))
         os.replace(temporary, path)
     except OSError as error:
         with suppress(OSError):

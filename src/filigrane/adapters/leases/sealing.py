@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any, Final, Literal, Self, cast, final
 
 from filigrane.errors import EndpointError, KeyFormatError, MissingDependency
-from filigrane.keys import _open_to_others, _Sealed, _Secret
+from filigrane.keys import _Sealed, _Secret
+from filigrane.private_files import new_file, open_to_others, why_not
 
 try:
     from joserfc import jwe
@@ -143,10 +144,10 @@ class Identity(_Sealed):
             whole = False
         if not whole or not isinstance(name, str) or not re.fullmatch(ENGINE_NAME, name):
             raise KeyFormatError(f"{shown} is not the identity of an engine.")
-        if os.name == "posix" and _open_to_others(about):
+        exposed = open_to_others(path, about)
+        if exposed is not None:
             raise KeyFormatError(
-                f"{shown} can be read by others; make it private (chmod 600), or enrol anew if "
-                "somebody may have."
+                f"{shown}: {exposed}; and if somebody may have read it, enrol anew."
             )
         return cls.__build(name, _Secret(key))
 
@@ -156,15 +157,10 @@ class Identity(_Sealed):
             json.dumps({"engine": self.__name, "key": self.__held.reveal().as_dict(private=True)})
         )
         try:
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            raise KeyFormatError(
-                f"{os.fspath(path)} exists, and an identity is never overwritten; use another name."
-            ) from None
+            with new_file(path) as out:
+                out.write(text.reveal().encode("ascii") + b"\n")
         except OSError as error:
-            raise KeyFormatError(f"{os.fspath(path)} cannot be made: {error.strerror}.") from None
-        with os.fdopen(handle, "w", encoding="ascii") as file:
-            file.write(text.reveal() + "\n")
+            raise KeyFormatError(f"{os.fspath(path)}: {why_not(error)}.") from None
 
     @property
     def name(self) -> str:

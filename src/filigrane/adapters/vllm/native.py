@@ -8,13 +8,13 @@ derives the same number. vLLM's mark knows one key per engine, no tenants, and 6
 
 import json
 import os
-from pathlib import Path
 from typing import Any, Literal
 
 from filigrane.errors import KeyringError
 from filigrane.foreign import ForeignKey
 from filigrane.foreign.vllm import VllmDualGumbel, VllmGumbel
 from filigrane.keys import MarkingKey
+from filigrane.private_files import new_file, why_not
 
 Deduplicate = Literal["none", "single_turn", "all"]
 
@@ -43,12 +43,7 @@ def write_config(
     if isinstance(profile, VllmDualGumbel):
         settings["alpha"] = profile.weight
     try:
-        # Its mode is set where it is made: there is no moment at which others could read it.
-        handle = os.open(Path(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        raise KeyringError(f"{os.fspath(path)} exists and is never overwritten.") from None
+        with new_file(path) as out:
+            out.write(json.dumps({"watermark-config": settings}).encode("ascii") + b"\n")
     except OSError as error:
-        raise KeyringError(f"{os.fspath(path)} cannot be made: {error.strerror}.") from None
-    with os.fdopen(handle, "w", encoding="ascii") as file:
-        json.dump({"watermark-config": settings}, file)
-        file.write("\n")
+        raise KeyringError(f"{os.fspath(path)}: {why_not(error)}.") from None

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Final
 import anyio.to_thread
 import pydantic_core
 from fastapi import APIRouter, Depends, Request
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.responses import Response
 from starlette.routing import Route
@@ -25,11 +24,11 @@ from filigrane.service.answers import (
     public_answer,
     query_of,
 )
-from filigrane.service.auth import office_of, optional, require, unauthorized
+from filigrane.service.auth import office_of, optional, require
 from filigrane.service.detecting import Finding, Query
 from filigrane.service.office import Office
-from filigrane.service.problems import Problem
-from filigrane.service.public import BudgetSpent, PublicAnswer
+from filigrane.service.problems import Problem, no_token
+from filigrane.service.public import PublicAnswer
 from filigrane.store.records import Principal, Role
 
 router = APIRouter(prefix="/v1", tags=["detection"])
@@ -85,9 +84,11 @@ async def detect(request: Request) -> Response:
     """
     # Read here and not by FastAPI: half of the time of a short test would go into that.
     who = await _ANYONE(request)
-    body = await _read(request)
     office = office_of(request)
     if who is not None and Role.DETECTOR_EXPERT in who.roles:
+        # Before the body is parsed: that takes as long as the test.
+        office.pace.spend(who)
+        body = await _read(request)
         check_length(office, body)
         query = query_of(body, body.alpha or office.settings.detector.alpha)
         detector = office.detector
@@ -100,8 +101,10 @@ async def detect(request: Request) -> Response:
             )
         count("expert", finding)
         return _json(expert_answer(finding, receipt))
-    return await _for_public(office, body, who, request)
+    return await _for_public(office, await _read(request), who, request)
 
+
+_NAMES: Final = problems.PLACES | frozenset(DetectBody.model_fields)
 
 QUICK: Final = Route("/v1/detect", detect, methods=["POST"])
 """`detect` as a route of Starlette, for `app.application` to put before all others."""
@@ -111,9 +114,9 @@ async def _read(request: Request) -> DetectBody:
     try:
         return DetectBody.model_validate_json(await request.body())
     except ValidationError as error:
-        found = error.errors(include_input=False, include_url=False, include_context=True)
-        raise RequestValidationError(
-            [{**item, "loc": ("body", *item["loc"])} for item in found]
+        found = error.errors(include_input=False, include_url=False)
+        raise problems.validation_problem(
+            [{**item, "loc": ("body", *item["loc"])} for item in found], _NAMES
         ) from None
 
 
@@ -128,6 +131,7 @@ def batch(body: BatchBody, who: Expert, request: Request) -> Response:
     most = office.settings.limits.batch_items
     if len(body.items) > most:
         raise Problem(422, "items", f"A batch has at most {most} items; make a job of more.")
+    office.pace.spend(who, len(body.items))
     results: list[dict[str, Any]] = []
     for item in body.items:
         try:
@@ -150,7 +154,7 @@ async def _for_public(
 ) -> Response:
     settings = office.settings.public
     if who is None and settings is None:
-        raise unauthorized("send Authorization: Bearer TOKEN.", code="no_token")
+        raise no_token()
     if body.text is None or body.model_fields_set - {"text", "issue_receipt"}:
         raise Problem(
             422,
@@ -189,30 +193,15 @@ def _expert(
 def _public(
     office: Office, tenant: str, text: str, name: str | None, address: str | None, wanted: bool
 ) -> tuple[PublicAnswer, str | None]:
-    try:
-        answer: PublicAnswer = office.public.answer(
-            tenant, text, identity=name, address=address, receipt=wanted
-        )
-    except BudgetSpent as error:
-        raise spent(error) from None
+    answer: PublicAnswer = office.public.answer(
+        tenant, text, identity=name, address=address, receipt=wanted
+    )
     receipt = None
     if wanted:
         receipt = office.receipts.issue(
             tenant, answer.as_told, expert=False, actor=name or "public"
         )
     return answer, receipt
-
-
-def spent(error: BudgetSpent) -> Problem:
-    """429 in words, or 413 for a text that is too long for the tier."""
-    if error.reason == "length":
-        return Problem(413, "too_large", f"{str(error).capitalize()}")
-    return Problem(
-        429,
-        f"budget_{error.reason}",
-        f"{str(error)[:1].upper()}{str(error)[1:]}",
-        headers={"Retry-After": str(int(error.retry_after_s) + 1)},
-    )
 
 
 def check_length(office: Office, body: DetectBody) -> None:

@@ -25,10 +25,14 @@ _LINES: Final = ("application/x-ndjson", "application/jsonl")
 
 
 class JobBody(BaseModel):
-    """How far a job is. n_failed of n_done items could not be tested."""
+    """How far a job is. n_failed of n_done items could not be tested.
+
+    state: waiting (no item is done yet), running (n_done are), done (all are), or cancelled. Ask
+    again while it is waiting or running; done and cancelled are for good.
+    """
 
     id: str
-    state: Literal["waiting", "done", "cancelled"]
+    state: Literal["waiting", "running", "done", "cancelled"]
     who: str
     n_items: int
     n_done: int

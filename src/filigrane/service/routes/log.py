@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
-from filigrane.custody.audit import Checkpoint
+from filigrane.custody.checkpoints import Checkpoint
 from filigrane.errors import AuditError
 from filigrane.service.auth import office_of, require
 from filigrane.service.problems import Problem

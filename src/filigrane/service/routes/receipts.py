@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from filigrane.errors import NotFound
 from filigrane.service.answers import ReceiptAnswer, Token, TokenId, receipt_answer
-from filigrane.service.auth import office_of, optional, unauthorized
+from filigrane.service.auth import office_of, optional
+from filigrane.service.problems import no_token, told
 from filigrane.service.receipts import Receipt
 from filigrane.store.records import Principal
 
@@ -31,7 +32,7 @@ class VerifyBody(BaseModel):
     @model_validator(mode="after")
     def _not_both(self) -> Self:
         if self.text is not None and self.tokens is not None:
-            raise ValueError("text or tokens")
+            raise told("Send text or tokens, not both.")
         return self
 
 
@@ -42,7 +43,7 @@ def verify(body: VerifyBody, who: Anyone, request: Request) -> ReceiptAnswer:
     """
     office = office_of(request)
     if who is None and office.settings.public is None:
-        raise unauthorized("send Authorization: Bearer TOKEN.", code="no_token")
+        raise no_token()
     content = body.text if body.text is not None else body.tokens
     receipt: Receipt = office.receipts.verify(body.receipt, content)
     record = None

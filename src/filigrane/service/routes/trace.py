@@ -2,7 +2,8 @@
 
 1. POST /v1/trace/requests by the first officer: text, keys, users and purpose
 2. POST /v1/approvals/{id}/approve by the second
-3. POST /v1/trace by either of them, with the same text, keys, users, alpha and top, once
+3. POST /v1/trace by either of them, with the same text, keys, users, alpha and top; once, and by
+   whoever did it again until the approval expires, for an answer that got lost
 """
 
 from datetime import datetime
@@ -14,8 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from filigrane.service.answers import Hinted, TraceAnswer, query_of, traced_answer
 from filigrane.service.auth import office_of, require
 from filigrane.service.detecting import MAX_ALPHA
-from filigrane.service.problems import Problem
-from filigrane.service.tracing import MAX_USERS, Busy
+from filigrane.service.tracing import MAX_USERS
 from filigrane.store.records import Principal, Role
 
 router = APIRouter(prefix="/v1/trace", tags=["tracing"])
@@ -86,10 +86,7 @@ def ask(body: TraceRequestBody, who: Officer, request: Request) -> TraceRequeste
 def trace(body: TraceBody, who: Officer, request: Request) -> TraceAnswer:
     """Trace, with an approval that this uses up."""
     query = query_of(body, body.alpha)
-    try:
-        found = office_of(request).tracer.trace(
-            who, query, body.users.indices(), approval=body.approval, top=body.top
-        )
-    except Busy as error:
-        raise Problem(503, "busy", str(error), headers={"Retry-After": "30"}) from None
+    found = office_of(request).tracer.trace(
+        who, query, body.users.indices(), approval=body.approval, top=body.top
+    )
     return traced_answer(found)

@@ -57,6 +57,27 @@ class Form:
                 raise Problem(400, "malformed", "The form cannot be read.") from None
         return self.fields.get("text", "").replace("\r\n", "\n")
 
+    def some_text(self) -> str:
+        """`text`; raises Problem 422 if there is nothing in it."""
+        text = self.text()
+        if not text.strip():
+            raise Problem(422, "empty", "Paste a text or choose a file first.")
+        return text
+
+    def whole(self, name: str, low: int, high: int) -> int:
+        """A whole number from low to high. Raises Problem 422 for anything else."""
+        value = self.line(name)
+        if not value.isascii() or not value.isdigit() or not low <= int(value[:12]) <= high:
+            raise Problem(
+                422, name, f"{name.capitalize()}: a whole number from {low:,} to {high:,}."
+            )
+        return int(value)
+
+    def require_sure(self) -> None:
+        """Raise Problem 422 unless the box of what cannot be taken back was ticked."""
+        if self.line("sure") != "yes":
+            raise Problem(422, "sure", "Tick the box: this cannot be taken back.")
+
 
 def exactly(text: str) -> str:
     """A text for a hidden field, safe from what browsers do to line ends."""

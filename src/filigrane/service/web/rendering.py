@@ -64,6 +64,7 @@ def _templates() -> Environment:
     templates.filters["count"] = words.count
     templates.filters["day"] = words.day
     templates.filters["moment"] = words.moment
+    templates.filters["short"] = words.short
     return templates
 
 

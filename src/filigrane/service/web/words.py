@@ -5,11 +5,23 @@ found, or none was. Who wrote a text is not among the things that can be found o
 """
 
 import math
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-__all__ = ["DONE", "STATES", "VERDICTS", "VerdictWords", "chance", "count", "day", "moment"]
+__all__ = [
+    "DONE",
+    "REFUSALS",
+    "STATES",
+    "VERDICTS",
+    "VerdictWords",
+    "chance",
+    "count",
+    "day",
+    "moment",
+    "short",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +82,24 @@ DONE: Final = {
 }
 """What was just done, by the code that the address carries."""
 
+REFUSALS: Final = {
+    400: "That could not be read",
+    401: "This token does not open anything",
+    403: "This is not yours to do",
+    404: "There is no such thing",
+    405: "Nothing can be opened here like that",
+    408: "That took too long",
+    409: "That is not possible now",
+    413: "That is too long",
+    415: "That could not be read",
+    422: "That cannot be used as it is",
+    429: "Please wait a little",
+    500: "Something went wrong here",
+    503: "Not available at the moment",
+}
+"""Headlines of refusals, by HTTP status."""
 
+_LONG: Final = re.compile(r"[0-9a-f]{24,}")
 _RAISED: Final = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -102,3 +131,8 @@ def day(value: datetime | None) -> str:
 def moment(value: datetime | None) -> str:
     """A time to the minute, UTC, or a dash."""
     return "–" if value is None else f"{value:%Y-%m-%d %H:%M} UTC"
+
+
+def short(value: str) -> str:
+    """A line in which hashes of 24 and more hex digits are cut to their first 12."""
+    return _LONG.sub(lambda found: found[0][:12] + "…", value)

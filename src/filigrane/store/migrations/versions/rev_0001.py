@@ -53,6 +53,7 @@ def upgrade() -> None:
         sa.Column("approved_token", sa.String(length=12), nullable=True),
         sa.Column("approved_at", sa.String(length=24), nullable=True),
         sa.Column("used_at", sa.String(length=24), nullable=True),
+        sa.Column("used_by", sa.String(length=64), nullable=True),
         sa.CheckConstraint("approved_by <> requested_by", name=op.f("ck_approvals_two_people")),
         sa.CheckConstraint(
             "used_at IS NULL OR approved_by IS NOT NULL", name=op.f("ck_approvals_approved_first")
