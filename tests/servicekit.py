@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -260,6 +261,27 @@ def running(service: Service) -> Iterator[Service]:
         yield service
     finally:
         service.stop()
+
+
+@contextmanager
+def signed_in(
+    service: Service, role: str, tenant: str = TENANT
+) -> Iterator[tuple[httpx2.Client, str]]:
+    """A client with a session, and its CSRF token."""
+    with httpx2.Client(base_url=service.url) as client:
+        yield client, _csrf(client, service, role, tenant)
+
+
+def _csrf(client: httpx2.Client, service: Service, role: str, tenant: str) -> str:
+    answer = client.post("/login", data={"token": service.token(role, tenant)})
+    assert answer.status_code == 303, answer.text
+    cookie = answer.headers["set-cookie"]
+    assert "HttpOnly" in cookie and "SameSite=strict" in cookie and "Path=/" in cookie
+    assert service.token(role, tenant) not in cookie
+    page = client.get(answer.headers["location"]).text
+    found = re.search(r'name="csrf" value="([^"]+)"', page)
+    assert found is not None
+    return found.group(1)
 
 
 def problem(answer: httpx2.Response, status: int, code: str | None = None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Leases without a service: the seal and who can open it, the folder, and a service that cheats."""
 
 import base64
+import dataclasses
 import json
 import os
 import stat
@@ -341,6 +342,29 @@ def test_keys_for_everybody(tmp_path: Path) -> None:
         folder.put(lease("active"), expires=AT + HOUR, everybody=True, at=AT)
     ring = Keyring.load(tmp_path)
     assert ring.default == "acme.chat" and ring.entries["acme.chat@1"].tenant is None
+
+
+@pytest.mark.parametrize("everybody", [False, True])
+def test_the_default_stays_when_a_second_key_comes(tmp_path: Path, everybody: bool) -> None:
+    """An engine that has never seen the first alone has none."""
+    text = _Secret(Key.generate("acme.api@1").export_text())
+    api = LeasedKey(id="acme.api@1", state="active", kind="scheme", mark="gumbel", key=text)
+    one = lease("active")
+    both = dataclasses.replace(one, keys=(*one.keys, api))
+
+    def default(folder: Path) -> str | None:
+        ring = Keyring.load(folder)
+        return ring.default if everybody else ring.tenants["acme"].default
+
+    for name, leases in (("old", (one, both)), ("new", (both,))):
+        with LeaseFolder.open(tmp_path / name) as folder:
+            for said in leases:
+                folder.put(said, expires=AT + HOUR, everybody=everybody, at=AT)
+    assert default(tmp_path / "old") == "acme.chat" and default(tmp_path / "new") is None
+    with LeaseFolder.open(tmp_path / "old") as folder:  # what is gone does not stay
+        only = dataclasses.replace(one, keys=(api,))
+        folder.put(only, expires=AT + HOUR, everybody=everybody, at=AT)
+    assert default(tmp_path / "old") == "acme.api"
 
 
 def test_keys_of_other_tools_have_no_place_there(tmp_path: Path) -> None:

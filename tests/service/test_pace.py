@@ -8,7 +8,7 @@ import pytest
 from filigrane.errors import BudgetSpent
 from filigrane.service.pace import Pace
 from filigrane.store.records import Principal, Role
-from servicekit import OTHER, TENANT, prepare, problem, running
+from servicekit import OTHER, TENANT, prepare, problem, running, signed_in
 
 
 def expert(name: str, tenant: str = "demo") -> Principal:
@@ -75,6 +75,10 @@ def test_over_http(tmp_path: Path) -> None:
         # Not even read any more.
         wrong = {"Content-Type": "application/json"}
         problem(client.post("/v1/detect", content=b"{", headers=wrong), 429)
+        # Nor on the page.
+        with signed_in(made, "detector-expert") as (browser, csrf):
+            answer = browser.post("/expert", data={"text": "something", "csrf": csrf})
+            assert answer.status_code == 429 and "4 a minute" in answer.text
         # Jobs are done one after another, and others are not concerned.
         assert client.post("/v1/jobs", json=[body]).status_code == 202
         with made.client("detector-expert", OTHER) as other:

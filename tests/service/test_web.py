@@ -4,7 +4,6 @@ import hashlib
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
@@ -14,7 +13,16 @@ from webkit import Desk, Visit, browser, plain, visit
 
 from filigrane.service.receipts import verify
 from filigrane.service.web import rendering
-from servicekit import OTHER, TENANT, Service, operator_token, prepare, problem, running
+from servicekit import (
+    OTHER,
+    TENANT,
+    Service,
+    operator_token,
+    prepare,
+    problem,
+    running,
+    signed_in,
+)
 
 STATIC = Path(rendering.__file__).parent / "static"
 TEMPLATES = Path(rendering.__file__).parent / "templates"
@@ -657,27 +665,6 @@ def test_static_files_are_small_and_pinned() -> None:
     )
     assert "Zero-Clause BSD" in (STATIC / "htmx-LICENSE.txt").read_text()
     assert set(rendering.STATIC) == {file.name for file in STATIC.iterdir()}
-
-
-@contextmanager
-def signed_in(
-    service: Service, role: str, tenant: str = TENANT
-) -> Iterator[tuple[httpx2.Client, str]]:
-    """A client with a session, and its CSRF token."""
-    with httpx2.Client(base_url=service.url) as client:
-        yield client, _csrf(client, service, role, tenant)
-
-
-def _csrf(client: httpx2.Client, service: Service, role: str, tenant: str) -> str:
-    answer = client.post("/login", data={"token": service.token(role, tenant)})
-    assert answer.status_code == 303, answer.text
-    cookie = answer.headers["set-cookie"]
-    assert "HttpOnly" in cookie and "SameSite=strict" in cookie and "Path=/" in cookie
-    assert service.token(role, tenant) not in cookie
-    page = client.get(answer.headers["location"]).text
-    found = re.search(r'name="csrf" value="([^"]+)"', page)
-    assert found is not None
-    return found.group(1)
 
 
 def test_forms_of_other_sites_are_refused(service: Service) -> None:

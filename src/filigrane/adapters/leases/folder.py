@@ -153,8 +153,9 @@ class LeaseFolder:
             self._publish(self._leased)
 
     def _publish(self, leased: dict[str, Leased]) -> None:
-        text = compose(self._base(), leased)
-        if text != self._now():
+        now = self._now()
+        text = compose(self._base(), leased, _defaults(now))
+        if text != now:
             self._check(text)
             _replace(self._path / FILE, text)
         before = {version.id for lease in self._leased.values() for version in lease.versions}
@@ -201,11 +202,15 @@ class LeaseFolder:
             raise KeyringError(f"{path} cannot be read: {error}.") from None
 
 
-def compose(base: Mapping[str, Any], leased: Mapping[str, Leased]) -> str:
+def compose(
+    base: Mapping[str, Any], leased: Mapping[str, Leased], before: Mapping[str | None, str]
+) -> str:
     """The text of keyring.toml: what the operator says, and the keys of the leases.
 
     A tenant without a default gets its key if there is only one, whichever of its versions marks;
-    and so does the server if there is one key for everybody.
+    and so does the server if there is one key for everybody. before: tenant (None: the server) ->
+    the default of the keyring so far, which stays when a second key comes: requests that name none
+    worked yesterday.
     """
     keys = {name: dict(table) for name, table in base.get("keys", {}).items()}
     tenants = {name: dict(table) for name, table in base.get("tenants", {}).items()}
@@ -224,12 +229,9 @@ def compose(base: Mapping[str, Any], leased: Mapping[str, Leased]) -> str:
             }
         if lease.everybody:
             shared |= names
-        elif len(names) == 1:
-            tenants.setdefault(tenant, {}).setdefault("default", *names)
         else:
-            tenants.setdefault(tenant, {})
-    if len(shared) == 1:
-        head.setdefault("default", *shared)
+            _set_default(tenants.setdefault(tenant, {}), names, before.get(tenant))
+    _set_default(head, shared, before.get(None))
     for table in (head, *tenants.values()):
         _drop_default(table, keys, leased)
     lines = [_WRITTEN_BY, *_assignments(head)]
@@ -239,6 +241,27 @@ def compose(base: Mapping[str, Any], leased: Mapping[str, Leased]) -> str:
         for name, table in tables.items():
             lines += ["", f"[{kind}.{json.dumps(name)}]", *_assignments(table)]
     return "\n".join(lines) + "\n"
+
+
+def _set_default(table: dict[str, Any], names: set[str], before: str | None) -> None:
+    if len(names) == 1:
+        table.setdefault("default", *names)
+    elif before in names:
+        table.setdefault("default", before)
+
+
+def _defaults(text: str | None) -> dict[str | None, str]:
+    """Tenant (None: the server) -> default, of what this program has written."""
+    try:
+        found = tomllib.loads(text or "")
+    except tomllib.TOMLDecodeError:
+        return {}
+    tables = {None: found, **found.get("tenants", {})}
+    return {
+        name: table["default"]
+        for name, table in tables.items()
+        if isinstance(table, dict) and isinstance(table.get("default"), str)
+    }
 
 
 def _drop_default(

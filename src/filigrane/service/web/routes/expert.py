@@ -124,6 +124,7 @@ def _finding(office: Office, who: Principal, form: Form) -> Finding:
     except ValueError:
         raise Problem(422, "alpha", "Choose one of the levels of the list.") from None
     query = query_of(office, form, alpha=alpha, evidence=True)
+    office.pace.spend(who)
     found: Finding = office.detector.detect(who.tenant, query)
     return found
 
