@@ -164,7 +164,7 @@ def test_a_system_that_is_gone_is_unavailable_and_comes_back(system: kmskit.Syst
             start = time.monotonic()
             with pytest.raises(KmsUnavailable):
                 call()
-            assert time.monotonic() - start < float(kmskit.TIMEOUT_S[system.provider]) + 5
+            assert time.monotonic() - start < system.timeout_s + 5
         with pytest.raises(KmsUnavailable):
             system.again()
     assert recovered(system.kms) == before
@@ -181,7 +181,7 @@ def test_a_system_that_hangs_is_unavailable_in_time(system: kmskit.System) -> No
             start = time.monotonic()
             with pytest.raises(KmsUnavailable):
                 call()
-            assert time.monotonic() - start < float(kmskit.TIMEOUT_S[system.provider]) + 5
+            assert time.monotonic() - start < system.timeout_s + 5
     assert recovered(system.kms) == before
     assert system.kms.unwrap(blob, CONTEXT).reveal() == b"data"
 

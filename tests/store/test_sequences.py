@@ -372,7 +372,9 @@ class KeyLives(RuleBasedStateMachine):
 def system(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[kmskit.System]:
-    with kmskit.running(request.param, tmp_path_factory.mktemp("kms")) as made:
+    # No step is about faults, so none of them may be one.
+    folder = tmp_path_factory.mktemp("kms")
+    with kmskit.running(request.param, folder, timeout_s=60.0) as made:
         yield made
 
 
