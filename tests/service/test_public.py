@@ -301,6 +301,20 @@ def test_a_text_that_drifts_keeps_its_budget() -> None:
     assert answered <= 31
 
 
+@pytest.mark.parametrize("parts", [3, 6, 12])
+def test_a_text_that_was_spread_over_many_is_not_free(parts: int) -> None:
+    """Its passages are shown first, each kind in a text of its own, of which no two are alike."""
+    alike = NearDuplicates(10)
+    base = words(11, 240)
+    for part in range(parts):
+        shown = words(100 + part, 240)
+        for start in range(0, 240, 10):
+            if start // 10 % parts == part:
+                shown[start : start + 10] = base[start : start + 10]
+        assert spend(alike, " ".join(shown))
+    assert sum(spend(alike, text) for text in variants(base, 100, 12)) <= 10
+
+
 @pytest.mark.parametrize(
     "disguise",
     [
@@ -343,7 +357,8 @@ def test_budgets_are_renewed_and_memory_is_bounded() -> None:
     for seed in range(200):
         spend(alike, " ".join(words(100 + seed, 60)))
     assert len(alike) <= 1000 and len(alike._groups) <= 1000 and len(alike._sizes) <= 1000
-    assert len(alike) == len(alike._groups) + len(alike._texts)
+    held = sum(len(groups) for groups in alike._groups.values())
+    assert len(alike) == held + len(alike._texts)
     # What was pushed out is forgotten, not negative.
     assert all(size > 0 for size in alike._sizes.values())
 

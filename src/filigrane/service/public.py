@@ -12,8 +12,10 @@ so is how many texts that are nearly alike an identity or network may ask about:
 
 Features live in memory for an hour and are then forgotten together with their key. Nothing else of
 a text is kept. Texts drift while somebody climbs: each counted text joins the group that it is most
-like. Who asks first about texts of a kind is always answered, or one could lock a text out for all
-others; beyond that all askers together have a budget as well, many times as large.
+like, and one that is like none founds a group of all its features, also of those that stood in
+others: nobody can spread a text over many groups first, to be of none of them. Who asks first about
+texts of a kind is always answered, or one could lock a text out for all others; beyond that all
+askers together have a budget as well, many times as large.
 
 This slows a climber down and is no wall: networks can be rented, memory is bounded and forgets what
 is oldest first, and words put in between all others make any text unlike.
@@ -86,6 +88,8 @@ LIMITS: Final = (
 _SHINGLE: Final = 8
 _SPREAD: Final = 31
 _WINDOW: Final = 24
+# Groups that one feature is of; the oldest are dropped, or texts could be made that take long.
+_OF_ONE: Final = 32
 _KEY_LIFETIME_S: Final = 3600.0
 _WIDE: Final = 50
 _ODD: Final = np.uint64(1)
@@ -147,8 +151,18 @@ class PublicAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class _Group:
+    """founded: whether the text at hand founded it, or joined."""
+
+    number: int
+    founded: bool
+
+
+@dataclass(frozen=True, slots=True)
 class _Counted:
-    group: int
+    """A text. features: those that it brought into its group."""
+
+    group: _Group
     features: tuple[int, ...]
     answered: bool
 
@@ -202,10 +216,10 @@ class NearDuplicates:
                 # What is not answered joins as well, or somebody could walk away unseen.
                 group, everybodys = self._group_of(own[1]), self._texts.get(wide[0])
                 total = self._group_of(wide[1]) if everybodys is None else everybodys.group
-                size = self._sizes.get(group, 0)
+                size = self._sizes.get(group.number, 0)
                 free = everybodys is not None and everybodys.answered
                 answered = size < self._budget and (
-                    size == 0 or free or self._sizes.get(total, 0) < self._together
+                    size == 0 or free or self._sizes.get(total.number, 0) < self._together
                 )
                 known = self._remember(own, group, answered)
                 if not free:
@@ -227,29 +241,45 @@ class NearDuplicates:
         return digest, tuple(dict.fromkeys(mixed.tolist()))
 
     def _remember(
-        self, named: tuple[bytes, tuple[int, ...]], group: int, answered: bool
+        self, named: tuple[bytes, tuple[int, ...]], group: _Group, answered: bool
     ) -> _Counted:
         digest, features = named
-        # A feature stays with the group that had it first: nobody can carry it into another.
-        new = tuple(one for one in features if one not in self._groups)
-        self._groups.update(dict.fromkeys(new, group))
-        self._n_features += len(new) + 1
-        counted = self._texts[digest] = _Counted(group, new, answered)
+        number = group.number
+        new = []
+        for feature in features:
+            groups = self._groups.setdefault(feature, [])
+            # Who joins brings only what nobody had: no feature is carried into another's group.
+            if groups and not group.founded:
+                continue
+            groups.append(number)
+            new.append(feature)
+            if len(groups) > _OF_ONE:
+                del groups[0]
+            else:
+                self._n_features += 1
+        self._n_features += 1
+        counted = self._texts[digest] = _Counted(group, tuple(new), answered)
         if answered:
-            self._sizes[group] = self._sizes.get(group, 0) + 1
+            self._sizes[number] = self._sizes.get(number, 0) + 1
         return counted
 
     def _forget(self, digest: bytes) -> None:
         old = self._texts.pop(digest, None)
         if old is None:
             return
+        number = old.group.number
         for feature in old.features:
-            del self._groups[feature]
-        self._n_features -= len(old.features) + 1
+            groups = self._groups.get(feature, [])
+            if number in groups:  # or it was dropped before
+                groups.remove(number)
+                self._n_features -= 1
+                if not groups:
+                    del self._groups[feature]
+        self._n_features -= 1
         if old.answered:
-            self._sizes[old.group] -= 1
-            if not self._sizes[old.group]:
-                del self._sizes[old.group]
+            self._sizes[number] -= 1
+            if not self._sizes[number]:
+                del self._sizes[number]
 
     def __len__(self) -> int:
         return self._n_features
@@ -258,28 +288,29 @@ class NearDuplicates:
         self._born = self._clock()
         self._key = secrets.token_bytes(32)
         self._texts: OrderedDict[bytes, _Counted] = OrderedDict()
-        self._groups: dict[int, int] = {}
+        self._groups: dict[int, list[int]] = {}
         self._sizes: dict[int, int] = {}
         self._n_features = 0
         self._next = 0
 
-    def _group_of(self, features: tuple[int, ...]) -> int:
+    def _group_of(self, features: tuple[int, ...]) -> _Group:
         """The largest group that some part of a text is of, or a new one."""
-        found = [self._groups.get(feature) for feature in features]
+        found = [self._groups.get(feature, ()) for feature in features]
         width = min(_WINDOW, len(found))
         counts: dict[int, int] = {}
         alike: set[int] = set()
-        for place, group in enumerate(found):
-            if place >= width and (gone := found[place - width]) is not None:
+        for place, groups in enumerate(found):
+            for gone in found[place - width] if place >= width else ():
                 counts[gone] -= 1
-            if group is not None:
+            for group in groups:
                 counts[group] = counts.get(group, 0) + 1
                 if 2 * counts[group] >= width:
                     alike.add(group)
         if alike:
-            return max(alike, key=lambda group: (self._sizes.get(group, 0), -group))
+            largest = max(alike, key=lambda group: (self._sizes.get(group, 0), -group))
+            return _Group(largest, founded=False)
         self._next += 1
-        return self._next
+        return _Group(self._next, founded=True)
 
 
 def _features(text: str, key: bytes) -> npt.NDArray[np.uint64]:
