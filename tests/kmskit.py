@@ -498,16 +498,32 @@ class Forwarder:
         while True:
             try:
                 near, _ = server.accept()
-                far = socket.create_connection(("127.0.0.1", self.target), timeout=5)
             except OSError:
                 return
+            try:
+                far = socket.create_connection(("127.0.0.1", self.target), timeout=5)
+            except OSError:
+                near.close()
+                continue
             far.settimeout(None)
             with self.lock:
                 self.pairs += [near, far]
-            for source, sink in ((near, far), (far, near)):
-                threading.Thread(target=self._carry, args=(source, sink), daemon=True).start()
+            threading.Thread(target=self._join, args=(near, far), daemon=True).start()
 
-    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
+    def _join(self, near: socket.socket, far: socket.socket) -> None:
+        """Carry both ways, and let go of both ends: else some hundred connections use up all."""
+        back = threading.Thread(target=self._carry, args=(far, near), daemon=True)
+        back.start()
+        self._carry(near, far)
+        back.join()
+        with self.lock:
+            for end in (near, far):
+                end.close()
+                if end in self.pairs:
+                    self.pairs.remove(end)
+
+    @staticmethod
+    def _carry(source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 sink.sendall(data)
