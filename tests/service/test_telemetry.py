@@ -35,6 +35,7 @@ class Collector:
 
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
+        self.paths: set[str] = set()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -43,6 +44,7 @@ class Collector:
                 if self.headers.get("content-encoding") == "gzip":
                     body = gzip.decompress(body)
                 outer.bodies.append(body)
+                outer.paths.add(self.path)
                 self.send_response(200)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
@@ -95,6 +97,11 @@ def test_nothing_leaks(tmp_path: Path) -> None:
             "OTEL_TRACES_EXPORTER": "otlp",
             "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{spans.url}/v1/traces",
             "OTEL_BSP_SCHEDULE_DELAY": "100",
+            # FastAPI has telemetry of its own, which would tell much more.
+            "FASTAPI_OTEL_AUTO_CONFIGURE": "true",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": spans.url,
+            "OTEL_LOGS_EXPORTER": "otlp",
+            "OTEL_METRICS_EXPORTER": "otlp",
         }
         service = prepare(
             tmp_path,
@@ -116,6 +123,7 @@ def test_nothing_leaks(tmp_path: Path) -> None:
                 shown.append(path.read_bytes())
         said = service.err.read_text()
         assert '"event": "request"' in said and '"event": "fault"' not in said
+        assert spans.paths == {"/v1/traces"}
         names = {span.name for span in spans.spans()}
         assert "request" in names
         for span in spans.spans():

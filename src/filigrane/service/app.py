@@ -92,6 +92,15 @@ def application(office: Office, *, owns_office: bool = False) -> FastAPI:
         # Their pages load scripts from elsewhere.
         docs_url=None,
         redoc_url=None,
+        # What it would tell of a request is more than `telemetry` lets out: addresses, and the
+        # words of errors. The environment can switch it on.
+        telemetry={
+            "tracing": False,
+            "metrics": False,
+            "logs": False,
+            "operation_spans": False,
+            "auto_configure": False,
+        },
         responses={
             status: {"model": problems.ProblemBody, "description": words}
             for status, words in _REFUSALS.items()
