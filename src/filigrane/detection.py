@@ -7,7 +7,7 @@ over the choice of the key, whatever the text (SECURITY.md says what that does n
 
 import math
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -58,23 +58,28 @@ class DetectionResult:
         )
 
 
-def totals(evidence: Evidence, keys: npt.NDArray[np.uint32], scheme: Scheme) -> list[float]:
-    """Summed score of the evidence under each key: keys (k, 8) uint32 -> k floats."""
-    from filigrane.kernels.scan import over_positions
-
+def scanned(evidence: Evidence, scheme: Scheme) -> tuple[Any, ...]:
+    """What every function of `kernels.scan` takes between the keys and its output: ids, positions,
+    width, and the scheme's statistic.
+    """
     kind, threshold, table = scheme.statistic
-    out = np.empty(keys.shape[0])
-    over_positions(
-        # Numba knows ndarray by heart and has to look up what a subclass is, each time anew.
-        keys.view(np.ndarray),
+    return (
         evidence.ids,
         evidence.positions,
         evidence.width,
         kind,
         np.uint32(threshold),
         table,
-        out,
     )
+
+
+def totals(evidence: Evidence, keys: npt.NDArray[np.uint32], scheme: Scheme) -> list[float]:
+    """Summed score of the evidence under each key: keys (k, 8) uint32 -> k floats."""
+    from filigrane.kernels.scan import over_positions
+
+    out = np.empty(keys.shape[0])
+    # Numba knows ndarray by heart and has to look up what a subclass is, each time anew.
+    over_positions(keys.view(np.ndarray), *scanned(evidence, scheme), out)
     sums: list[float] = out.tolist()
     return sums
 

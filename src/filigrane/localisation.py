@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from filigrane.contexts import Evidence, collect
+from filigrane.detection import scanned
 from filigrane.errors import FiligraneError
 from filigrane.keys import MarkingKey
 from filigrane.schemes.base import Scheme, require_scheme
@@ -177,19 +178,9 @@ def _scores(evidence: Evidence, key: MarkingKey, scheme: Scheme) -> Floats:
     """The score of every position under every slot, (slots, n_scored)."""
     from filigrane.kernels.scan import each_position
 
-    kind, threshold, table = scheme.statistic
     words = key.prf_keys(scheme.label)
     scores = np.empty((words.shape[0], evidence.n_scored))
-    each_position(
-        words,
-        evidence.ids,
-        evidence.positions,
-        evidence.width,
-        kind,
-        np.uint32(threshold),
-        table,
-        scores,
-    )
+    each_position(words.view(np.ndarray), *scanned(evidence, scheme), scores)
     return scores
 
 

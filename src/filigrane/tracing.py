@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from filigrane import stats
 from filigrane.contexts import Corpus, Evidence, collect
-from filigrane.detection import totals
+from filigrane.detection import scanned, totals
 from filigrane.errors import FiligraneError
 from filigrane.keys import MarkingKey, SecretWords, UserKeys
 from filigrane.schemes.base import Scheme, require_scheme
@@ -77,22 +77,13 @@ def _scan(
     """Summed scores, (slots, n) float64; words(slot, a, b) gives the keys of a..b-1, (8, b - a)."""
     from filigrane.kernels.scan import over_keys
 
-    kind, threshold, table = scheme.statistic
+    rest = scanned(evidence, scheme)
     out = np.empty((slots, n), dtype=np.float64)
 
     def piece(start: int) -> int:
         stop = min(n, start + _CHUNK)
         for slot in range(slots):
-            over_keys(
-                words(slot, start, stop),
-                evidence.ids,
-                evidence.positions,
-                evidence.width,
-                kind,
-                np.uint32(threshold),
-                table,
-                out[slot, start:stop],
-            )
+            over_keys(words(slot, start, stop), *rest, out[slot, start:stop])
         return stop - start
 
     done = 0

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import filigrane as fg
+from clikit import Done
 from filigrane.cli.app import build
 from filigrane.foreign import ForeignKey, KeyForm, Writable, Written, from_tag
 from foreignkit import key_of, written
@@ -19,18 +19,6 @@ pytestmark = pytest.mark.slow
 
 NUMBER = 8_123_456_789_012_345_678
 HEX = "00c0ffee12345678"
-
-
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        assert self.out.count("\n") == 1
-        return json.loads(self.out)
 
 
 Run = Callable[..., Done]
